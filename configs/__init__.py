@@ -1,0 +1,1 @@
+"""The values: Hydra groups as plain YAML. What they mean stands in `framework/config.py`."""
