@@ -79,7 +79,7 @@ class Atlas:
 
     def _owned(self, rank: int) -> Iterator[Piece]:
         for piece in self.held(rank):
-            holders = self._holders(self.by_name[piece.tensor], rank)
+            holders = self.holders(self.by_name[piece.tensor], rank)
             index = holders.index(rank)
             if not piece.box.shape:
                 if index == 0:
@@ -87,7 +87,7 @@ class Atlas:
                 continue
             yield Piece(piece.tensor, piece.box.cut(0, *even(piece.box.shape[0], len(holders), index)))
 
-    def _holders(self, spec: TensorSpec, rank: int) -> Sequence[int]:
+    def holders(self, spec: TensorSpec, rank: int) -> Sequence[int]:
         """The ranks, ascending, that hold the same box of this tensor as `rank` does."""
         pp, dp, tp = self.layout.seat(rank)
         stages = [p for p in range(self.layout.pp) if not self.units(p).isdisjoint(spec.units)]

@@ -1,0 +1,136 @@
+"""Mesh: the ranks of one generation, connected, with a process group for each axis.
+
+    store (one client for the life of the process)
+      └ PrefixStore "generation 7"     fences everything of other generations off
+          └ default group, all ranks   └ init_device_mesh (pp, dp, tp): one group per axis
+
+Connecting happens in two waits: first everybody arrives at the store (as long as `arrive_s`), then groups are made
+and from then on no operation waits longer than `timeout_s`. `sever` may be called from any thread, at any time: all that
+waits in a collective raises, so that the process can go on in another generation.
+
+Rule of this file: it connects and disconnects. It decides nothing, and it has never heard of why one would sever.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel.layout import AXES, Layout
+from parallel.sockets import Address, listeners, shut_down
+
+
+class Mesh:
+    """The connected ranks of one generation, as rank `rank` sees them. Made by `connect`."""
+
+    def __init__(
+        self, *, layout: Layout, rank: int, device: torch.device, devices: DeviceMesh, ends: tuple[set[Address], set[Address]]
+    ) -> None:
+        """Private: `ends` are the listeners of this rank and of its peers."""
+        self.layout, self.rank, self.device, self.devices = layout, rank, device, devices
+        self.seat = layout.seat(rank)
+        self._mine, self._theirs = ends
+        self._open = True
+
+    @staticmethod
+    def connect(
+        store: dist.Store,
+        *,
+        rank: int,
+        layout: Layout,
+        generation: int,
+        device: torch.device | str = "cpu",
+        timeout_s: float = 8.0,
+        arrive_s: float = 60.0,
+    ) -> Mesh:
+        """Meet the other ranks of a generation and make the groups. Blocks until all are there.
+
+        Raises RuntimeError (torch's) when somebody does not come within `arrive_s`, or fails while connecting.
+        A process has one mesh at a time: close the one before.
+        """
+        device = torch.device(device)
+        place = dist.PrefixStore(f"generation {generation}", store)
+        _arrive(place, "arrived", rank, layout.world, "", arrive_s)
+        before = listeners()
+        devices = _make_groups(place, rank, layout, device, timedelta(seconds=timeout_s))
+        mine = sorted(listeners() - before)
+        try:
+            everyone = _arrive(place, "listeners", rank, layout.world, json.dumps(mine), timeout_s)
+        except BaseException:
+            dist.destroy_process_group()
+            raise
+        theirs = {(str(host), int(port)) for text in everyone for host, port in json.loads(text)}
+        return Mesh(layout=layout, rank=rank, device=device, devices=devices, ends=(set(mine), theirs))
+
+    def axis(self, name: str) -> DeviceMesh:
+        """The one-dimensional mesh of this rank's peers along `pp`, `dp` or `tp`."""
+        return self.devices[name]
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """The process group of this rank's peers along `pp`, `dp` or `tp`."""
+        return self.devices.get_group(name)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in a new tensor on the mesh's device; equal bits on every rank."""
+        total = value.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def sever(self) -> int:
+        """Make every operation that waits on this mesh raise, now and later. Returns the number of cut connections.
+
+        From any thread. The mesh is of no further use; `close` it from the thread that used it.
+        """
+        if self.device.type == "cuda":
+            torch.distributed.distributed_c10d._abort_process_group()
+            return self.layout.world - 1
+        return shut_down(mine=self._mine, theirs=self._theirs)
+
+    def close(self) -> None:
+        """Let go of the groups. Idempotent. After `sever` too; drop models and engines that use the mesh first."""
+        if not self._open:
+            return
+        self._open = False
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+
+
+def _arrive(store: dist.Store, what: str, rank: int, world: int, value: str, wait_s: float) -> list[str]:
+    """Leave a value for the others, wait until all have, and return theirs by rank."""
+    store.set(f"{what}/{rank}", value)
+    keys = [f"{what}/{peer}" for peer in range(world)]
+    store.wait(keys, timedelta(seconds=wait_s))
+    return [store.get(key).decode() for key in keys]
+
+
+def _make_groups(
+    store: dist.Store, rank: int, layout: Layout, device: torch.device, timeout: timedelta
+) -> DeviceMesh:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=layout.world, timeout=timeout)
+    try:
+        return init_device_mesh(
+            device.type,
+            (layout.pp, layout.dp, layout.tp),
+            mesh_dim_names=AXES,
+            backend_override={axis: (backend, _options(backend, timeout)) for axis in AXES},
+        )
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+
+
+def _options(backend: str, timeout: timedelta) -> dist.ProcessGroup.Options:
+    """Without these, groups of an axis wait for 30 minutes, whatever the default group's timeout is (torch 2.13)."""
+    options = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    return options

@@ -1,0 +1,158 @@
+"""What the ranks of a test do. Imported by the parent of all of them, so torch is loaded once."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.pipelining  # noqa: F401  loaded before the fork
+from torch.distributed.tensor import DTensor
+
+from framework.initial import InitialWeights
+from framework.model import Decoder
+from parallel.assemble import Wrapping, meta
+from parallel.engine import EngineOptions, FsdpEngine
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+
+torch.set_num_threads(1)
+
+TINY: dict[str, Any] = {
+    "vocab_size": 259,
+    "num_layers": 4,
+    "dim": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_dim": 176,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run in a test. `samples` of the global batch; each replica's share is padded to its microbatches."""
+
+    layout: str = "1x1x1"
+    schedule: str = "1f1b"
+    num_microbatches: int = 2
+    steps: int = 3
+    samples: int = 8
+    seq_len: int = 64
+    model: dict[str, Any] = field(default_factory=lambda: dict(TINY))
+    wrapping: dict[str, Any] = field(default_factory=dict)
+    lr: float = 3e-3
+    clip: float = 1.0
+    seed: int = 7
+
+    def but(self, **changes: Any) -> Job:
+        """This job, changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank says of a run: losses and gradient norms by step, its pieces of the final state."""
+
+    losses: list[float]
+    norms: list[float]
+    val_loss: float
+    pieces: dict[str, tuple[tuple[int, ...], np.ndarray]]
+
+
+def batch(job: Job, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The global batch of a step: a noisy arithmetic sequence, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(job.seed * 1000 + step)
+    vocab = job.model["vocab_size"]
+    start = torch.randint(vocab, (job.samples, 1), generator=generator)
+    stride = torch.randint(1, 4, (job.samples, 1), generator=generator)
+    noise = (torch.rand(job.samples, job.seq_len + 1, generator=generator) < 0.05).long()
+    tokens = (start + stride * torch.arange(job.seq_len + 1) + noise) % vocab
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def share(job: Job, layout: Layout, dp: int, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A replica's samples, padded with ignored ones to a multiple of the microbatches, equally on all replicas."""
+    each = -(-job.samples // layout.dp)
+    each = -(-each // job.num_microbatches) * job.num_microbatches
+    mine = slice(dp * each, (dp + 1) * each)
+    tokens, labels = tokens[mine], labels[mine]
+    missing = each - tokens.shape[0]
+    return (
+        torch.cat([tokens, tokens.new_zeros(missing, job.seq_len)]),
+        torch.cat([labels, labels.new_full((missing, job.seq_len), -100)]),
+    )
+
+
+def engine_for(job: Job, mesh: Mesh) -> FsdpEngine:
+    """The engine of a job, with its first weights."""
+    build = functools.partial(Decoder, **job.model)
+    wrapping = Wrapping(**job.wrapping)
+    options = EngineOptions(schedule=job.schedule, num_microbatches=job.num_microbatches, wrapping=wrapping)
+    engine = FsdpEngine(build, mesh=mesh, options=options)
+    engine.initialise(InitialWeights(meta(build), seed=job.seed))
+    return engine
+
+
+def step_once(job: Job, mesh: Mesh, engine: FsdpEngine, step: int) -> tuple[float, float]:
+    """One optimizer step: (loss, gradient norm), equal on all ranks."""
+    tokens, labels = share(job, mesh.layout, mesh.seat[1], *batch(job, step))
+    num_tokens = job.samples * job.seq_len
+    loss = engine.forward_backward(tokens, labels, num_tokens=num_tokens)
+    sums = mesh.sum(torch.stack([loss, engine.grad_square_sum()]))
+    norm = float(sums[1]) ** 0.5
+    engine.update(step=step, lr=job.lr, grad_scale=min(1.0, job.clip / norm))
+    return float(sums[0]) / num_tokens, norm
+
+
+def train(store: dist.Store, rank: int, generation: int, job: Job) -> Trained:
+    """Train a job from its first weights."""
+    mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
+    engine = engine_for(job, mesh)
+    rows = [step_once(job, mesh, engine, step) for step in range(1, job.steps + 1)]
+    tokens, labels = share(job, mesh.layout, mesh.seat[1], *batch(job, 0))
+    val = float(mesh.sum(engine.evaluate(tokens, labels))) / (job.samples * job.seq_len)
+    boxes = {piece.tensor: piece.box for piece in engine.atlas.held(rank)}
+    pieces = {name: (boxes[name].start, t.cpu().numpy().copy()) for name, t in engine.state().items()}
+    engine.close()
+    mesh.close()
+    return Trained([loss for loss, _ in rows], [norm for _, norm in rows], val, pieces)
+
+
+def what_dtensor_holds(store: dist.Store, rank: int, generation: int, job: Job) -> list[str]:
+    """Compare `atlas.held` with the offsets and shapes that torch itself computes. Returns the differences."""
+    mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
+    engine = engine_for(job, mesh)
+    said = {p.tensor: (p.box.start, p.box.shape) for p in engine.atlas.held(rank) if p.tensor.startswith("param/")}
+    found = {}
+    for module in engine._stages.values():
+        for name, parameter in module.named_parameters():
+            start, shape = _offsets(parameter)
+            if 0 not in shape:
+                found[f"param/{engine._aliases.get(name, name)}"] = (start, shape)
+    differences = [f"{k}: {said.get(k)} {found.get(k)}" for k in said.keys() | found.keys() if said.get(k) != found.get(k)]
+    differences += [
+        f"{name}: {tuple(tensor.shape)} {said['param/' + name.partition('/')[2]]}"
+        for name, tensor in engine.state().items()
+        if tuple(tensor.shape) != said["param/" + name.partition("/")[2]][1]
+        or not tensor.is_contiguous()
+        or tensor.dtype != torch.float32
+    ]
+    engine.close()
+    mesh.close()
+    return differences
+
+
+def _offsets(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(start, shape) of the local part, found by cutting a tensor of indices with DTensor's own rules."""
+    if not isinstance(parameter, DTensor):
+        return (0,) * parameter.ndim, tuple(parameter.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    assert tuple(parameter.to_local().shape) == tuple(shape)
+    return tuple(offset), tuple(shape)
