@@ -18,15 +18,18 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fault_tolerance import crc, gf256, isal
 from fault_tolerance.gf256 import Bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    BytesLike: TypeAlias = Buffer | NDArray[Any]  # numpy's stubs know the buffer protocol from Python 3.12 on
 
 FORCE = "HOLDFAST_CODEC"
 BACKENDS = ("isa-l", "numpy")
@@ -45,7 +48,7 @@ class Codec:
     def __repr__(self) -> str:
         return f"Codec(k={self.k}, m={self.m}, backend={self.backend!r})"
 
-    def encode(self, data: Sequence[Buffer], parity: Sequence[Buffer]) -> None:
+    def encode(self, data: Sequence[BytesLike], parity: Sequence[BytesLike]) -> None:
         """Fill the m `parity` buffers from the k `data` buffers, all of one length.
 
         Raises ValueError if their number or lengths are wrong, or a parity buffer is read-only.
@@ -58,7 +61,7 @@ class Codec:
         _check("encode", sources, outputs)
         self._combine(self._matrix, sources, outputs)
 
-    def decode(self, present: Mapping[int, Buffer], wanted: Mapping[int, Buffer]) -> None:
+    def decode(self, present: Mapping[int, BytesLike], wanted: Mapping[int, BytesLike]) -> None:
         """Write the `wanted` blocks (data 0..k-1, parity k..k+m-1) into the given buffers, from any k `present` ones.
 
         Of more than k present blocks, data comes first, then the lowest parities. Raises ValueError if fewer than
@@ -73,7 +76,7 @@ class Codec:
         self._combine(matrix, sources, outputs)
 
 
-def crc32c(buffer: Buffer, seed: int = 0) -> int:
+def crc32c(buffer: BytesLike, seed: int = 0) -> int:
     """CRC-32C (Castagnoli) of a buffer; `seed` is the checksum of what came before, so pieces can be chained."""
     return int(_crc_kernel(choose()[0]).crc32c(as_bytes(buffer), seed))
 
@@ -91,7 +94,7 @@ def choose(backend: str | None = None) -> tuple[str, str]:
     return ("isa-l" if library is not None else "numpy"), reason
 
 
-def as_bytes(buffer: Buffer) -> Bytes:
+def as_bytes(buffer: BytesLike) -> Bytes:
     """The same memory as a flat byte array. Raises ValueError if it is not contiguous."""
     view = memoryview(buffer)
     if not view.c_contiguous:

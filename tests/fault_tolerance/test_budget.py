@@ -1,0 +1,59 @@
+"""Memory of snapshots per node: the formula, and refusals with numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fault_tolerance.budget import PAGE_BYTES, budget, check
+from fault_tolerance.placement import plan_groups
+
+GIB = 1 << 30
+
+
+def needs(nodes: int, tolerate: int, node_bytes: int, chunk_bytes: int = 4 << 20):
+    names = [f"n{i}" for i in range(nodes)]
+    groups = plan_groups(dict.fromkeys(names), tolerate=tolerate, group_size=max(nodes, 2))
+    return budget(groups, dict.fromkeys(names, node_bytes), chunk_bytes=chunk_bytes)
+
+
+@given(nodes=st.integers(2, 16), data=st.data(), node_bytes=st.integers(1 << 20, 1 << 40))
+def test_shared_memory_is_two_times_d_n_over_n_minus_m(nodes: int, data: st.DataObject, node_bytes: int) -> None:
+    m = data.draw(st.integers(0, nodes - 1))
+    for need in needs(nodes, m, node_bytes).values():
+        exact = 2 * node_bytes * nodes / (nodes - m)
+        assert exact <= need.shared_bytes <= exact + 2 * (2 * PAGE_BYTES + 64 * m)
+        assert need.total_bytes == need.arena_bytes + need.parity_bytes + need.transfer_bytes
+
+
+def test_the_parts_of_a_node() -> None:
+    need = needs(8, 2, 6 * GIB)["n3"]
+    assert (need.arena_bytes, need.parity_bytes, need.transfer_bytes) == (12 * GIB, 4 * GIB, 2 * 7 * (4 << 20))
+    assert str(need) == "n3: 16.05 GiB = arenas 12.00 GiB + parity 4.00 GiB + transfer 56.00 MiB"
+
+
+def test_a_small_node_pays_for_its_own_state_and_the_parity_of_the_largest() -> None:
+    groups = plan_groups(dict.fromkeys("abc"), tolerate=1, group_size=3)
+    found = budget(groups, {"a": 1 << 20, "b": 8 << 20, "c": 0}, chunk_bytes=1 << 20)
+    assert [found[n].arena_bytes for n in "abc"] == [2 << 20, 16 << 20, 0]
+    assert {found[n].parity_bytes for n in "abc"} == {2 * (4 << 20)}
+
+
+def test_without_parity_there_is_only_the_arena() -> None:
+    need = needs(1, 0, 1000)["n0"]
+    assert (need.arena_bytes, need.parity_bytes, need.transfer_bytes) == (2 * PAGE_BYTES, 0, 0)
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_numbers() -> None:
+    plan = needs(4, 1, 3 * GIB)
+    check(plan, dict.fromkeys(plan, 9 * GIB), dict.fromkeys(plan, 8 * GIB))
+    check(plan, {})
+    with pytest.raises(ValueError) as refused:
+        check(plan, {**dict.fromkeys(plan, 9 * GIB), "n2": 8 * GIB}, {"n1": 7 * GIB})
+    text = str(refused.value)
+    assert "n2: 8.02 GiB = arenas 6.00 GiB + parity 2.00 GiB" in text and "only 8.00 GiB is free" in text
+    assert "n1: 8.00 GiB of shared memory, but /dev/shm has room for 7.00 GiB" in text
+    assert "n0" not in text and "fault_tolerance.tolerate" in text
+    with pytest.raises(ValueError, match="chunk_bytes must be > 0, got 0"):
+        needs(4, 1, 1, chunk_bytes=0)
