@@ -140,8 +140,7 @@ def _field(line: bytes, where: str, text_key: str) -> bytes:
     text = row.get(text_key) if isinstance(row, dict) else None
     if not isinstance(text, str):
         has = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        reason = f"must have text under {text_key!r}, got {has}; set data.text_key"
-        raise ValueError(f"data.text_key: {where} {reason}")  # noqa: TRY004: it is the data that is wrong
+        raise _no_text(f"{where} must have text under {text_key!r}, got {has}")
     return text.encode(errors="replace")
 
 
@@ -159,7 +158,7 @@ def _parquet(path: Path, name: str, text_key: str) -> Iterator[bytes]:
     with file:
         if text_key not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
-            raise ValueError(f"data.text_key: {name} must have the column {text_key!r}, got {names}; set data.text_key")
+            raise _no_text(f"{name} must have the column {text_key!r}, got {names}")
         for batch in file.iter_batches(columns=[text_key]):
             yield from _encoded(batch.column(0).to_pylist(), text_key)
 
@@ -183,7 +182,7 @@ def _huggingface(source: HuggingfaceSource) -> Iterator[bytes]:
         raise ValueError(f"data.path: must be a data set that can be loaded, got {source.path!r}; {reason}") from error
     if source.text_key not in rows.column_names:
         names = ", ".join(rows.column_names)
-        raise ValueError(f"data.text_key: must be a column, got {source.text_key!r}; the data set has {names}")
+        raise _no_text(f"the data set must have the column {source.text_key!r}, got {names}")
     yield from _encoded((row[source.text_key] for row in rows.select_columns([source.text_key])), source.text_key)
 
 
@@ -192,6 +191,9 @@ def _encoded(values: Iterable[object], text_key: str) -> Iterator[bytes]:
         if value is None:
             continue
         if not isinstance(value, str):
-            reason = f"must hold text, got {type(value).__name__}; set another"
-            raise ValueError(f"data.text_key: column {text_key!r} {reason}")  # noqa: TRY004: the data is wrong
+            raise _no_text(f"column {text_key!r} must hold text, got {type(value).__name__}")
         yield value.encode(errors="replace")
+
+
+def _no_text(what: str) -> ValueError:
+    return ValueError(f"data.text_key: {what}; set data.text_key to where the text is")
