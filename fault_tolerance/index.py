@@ -1,0 +1,201 @@
+"""Index: what a durable checkpoint holds, as data: logical tensors, and where each box of them lies.
+
+    step_000123/
+      node0-1f6b2c9e.safetensors     header | extents, back to back | hashes of their units
+      node1-77aa01d2.safetensors
+      index.json                     written last: the commit record
+
+    extent   a stored box: contiguous bytes of one file, row-major (`units.py` says how a piece becomes extents)
+    unit     the bytes under one hash; the hashes of a file stand in a table at its end
+
+Rule of this file: pure, apart from hashing its own text. Boxes for storage are ByteCheckpoint's idea (NSDI 2025, 3.2).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from fault_tolerance.buffers import item_bytes
+from parallel.atlas import TensorSpec
+from parallel.boxes import Box
+
+FORMAT = "holdfast-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A stored box of a tensor: from byte `offset` of a shard file; its first unit has hash number `first_hash`."""
+
+    tensor: str
+    box: Box
+    offset: int
+    first_hash: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One file: its bytes, its table of hashes (`num_hashes` uint64 from byte `hashes_at`) and its extents.
+
+    `digest` is the xxh3_64 of header and table, which between them fix every byte of the file.
+    """
+
+    file: str
+    num_bytes: int
+    hashes_at: int
+    num_hashes: int
+    digest: str
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True)
+class Index:
+    """The commit record: logical tensors, the files that hold them, and all other state as plain JSON (`extra`)."""
+
+    specs: tuple[TensorSpec, ...]
+    shards: tuple[ShardEntry, ...]
+    extra: dict[str, Any]
+
+    @cached_property
+    def by_name(self) -> dict[str, TensorSpec]:
+        """The specs by tensor name."""
+        return {spec.name: spec for spec in self.specs}
+
+    @cached_property
+    def extents(self) -> dict[str, tuple[tuple[ShardEntry, Extent], ...]]:
+        """For each tensor, the extents that hold it."""
+        found: dict[str, list[tuple[ShardEntry, Extent]]] = {spec.name: [] for spec in self.specs}
+        for shard in self.shards:
+            for extent in shard.extents:
+                found[extent.tensor].append((shard, extent))
+        return {name: tuple(pairs) for name, pairs in found.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the logical tensors."""
+        return sum(item_bytes(s.dtype) * math.prod(s.shape) for s in self.specs)
+
+
+def check_tiling(specs: Iterable[TensorSpec], shards: Iterable[ShardEntry]) -> None:
+    """Raise ValueError unless the extents of the shards cover every tensor once, and nothing else."""
+    boxes: dict[str, list[Box]] = {spec.name: [] for spec in specs}
+    for shard in shards:
+        for extent in shard.extents:
+            if extent.tensor not in boxes:
+                raise ValueError(
+                    f"checkpoint: {shard.file} holds {extent.tensor!r}, which is not a tensor of the state"
+                )
+            boxes[extent.tensor].append(extent.box)
+    for spec in specs:
+        _check_tensor(spec, boxes[spec.name])
+
+
+def _check_tensor(spec: TensorSpec, boxes: Sequence[Box]) -> None:
+    covered = sum(box.size for box in boxes)
+    if covered != math.prod(spec.shape):
+        raise ValueError(
+            f"checkpoint: the pieces of {spec.name} must cover {math.prod(spec.shape)} elements, got {covered}"
+        )
+    if not spec.shape or len(boxes) < 2:
+        return
+    start, stop = np.array([b.start for b in boxes]), np.array([b.stop for b in boxes])
+    if start.min() < 0 or (stop > np.array(spec.shape)).any():
+        raise ValueError(f"checkpoint: a piece of {spec.name} sticks out of its shape {spec.shape}")
+    common = np.minimum(stop[:, None], stop[None]) - np.maximum(start[:, None], start[None])
+    if (common > 0).all(-1).sum() > len(boxes):  # each one meets itself
+        raise ValueError(f"checkpoint: pieces of {spec.name} overlap; every element must be owned by one rank")
+
+
+def dump(index: Index) -> str:
+    """The index as JSON, one tensor a line, with a hash of itself."""
+    body = _body(index)
+    head = {"format": FORMAT, "version": VERSION, "hash": "xxh3_64", "self": _hash(body)}
+    lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
+    lines += [f'"extra": {json.dumps(body["extra"])}', *(_rows(key, body[key]) for key in ("shards", "tensors"))]
+    return "{" + ",\n".join(lines) + "}\n"
+
+
+def load(text: str, *, where: str) -> Index:
+    """The inverse of `dump`. Raises ValueError when the text is torn, changed, foreign or of a newer version."""
+    try:
+        plain = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: must be JSON, but {error}") from error
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        raise ValueError(f"{where}: is not the index of a checkpoint (no format {FORMAT!r})")
+    if plain["version"] > VERSION:
+        raise ValueError(f"{where}: version must be at most {VERSION}, got {plain['version']}; use a newer Holdfast")
+    body = {key: plain.get(key) for key in ("extra", "shards", "tensors")}
+    if plain.get("self") != _hash(body):
+        raise ValueError(f"{where}: was changed after it was written (its own hash does not match)")
+    return _index(body)
+
+
+def entry_to_plain(entry: ShardEntry) -> dict[str, Any]:
+    """A shard entry as JSON, for those that send it to the one who commits."""
+    rows = [[e.tensor, e.offset, e.first_hash, *e.box.start, *e.box.stop] for e in entry.extents]
+    return {**{k: getattr(entry, k) for k in _SHARD_KEYS}, "extents": rows}
+
+
+def entry_from_plain(plain: Mapping[str, Any]) -> ShardEntry:
+    """The inverse of `entry_to_plain`."""
+    extents = tuple(_extent(row[0], row[1:]) for row in plain["extents"])
+    return ShardEntry(**{k: plain[k] for k in _SHARD_KEYS}, extents=extents)
+
+
+_SHARD_KEYS = ("file", "num_bytes", "hashes_at", "num_hashes", "digest")
+
+
+def _body(index: Index) -> dict[str, Any]:
+    number = {shard.file: i for i, shard in enumerate(index.shards)}
+    tensors = [
+        {
+            **asdict(spec),
+            "extents": [
+                [number[shard.file], e.offset, e.first_hash, *e.box.start, *e.box.stop]
+                for shard, e in index.extents[spec.name]
+            ],
+        }
+        for spec in index.specs
+    ]
+    shards = [{k: getattr(shard, k) for k in _SHARD_KEYS} for shard in index.shards]
+    plain: dict[str, Any] = json.loads(json.dumps({"extra": index.extra, "shards": shards, "tensors": tensors}))
+    return plain
+
+
+def _index(body: Mapping[str, Any]) -> Index:
+    extents: list[list[Extent]] = [[] for _ in body["shards"]]
+    specs = []
+    for row in body["tensors"]:
+        specs.append(
+            TensorSpec(row["name"], tuple(row["shape"]), row["dtype"], row["tp_dim"], tuple(row["units"])),
+        )
+        for number, *rest in row["extents"]:
+            extents[number].append(_extent(row["name"], rest))
+    shards = tuple(
+        ShardEntry(**shard, extents=tuple(sorted(own, key=lambda e: e.offset)))
+        for shard, own in zip(body["shards"], extents, strict=True)
+    )
+    return Index(tuple(specs), shards, body["extra"])
+
+
+def _extent(tensor: str, row: Sequence[int]) -> Extent:
+    offset, first, *corners = row
+    half = len(corners) // 2
+    return Extent(tensor, Box(tuple(corners[:half]), tuple(corners[half:])), offset, first)
+
+
+def _rows(key: str, rows: Sequence[Any]) -> str:
+    return f'"{key}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "]"
+
+
+def _hash(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())

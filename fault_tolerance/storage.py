@@ -1,0 +1,267 @@
+"""Storage: named byte objects in one directory of a local disk or of an object store (fsspec: S3, GCS, ...).
+
+    write(name, parts)      the object appears whole, or not at all
+    read_into(name, at, m)  a byte range, straight into memory
+
+Two rules. An object that can be seen is complete and durable: locally it is written under a hidden name, fsynced,
+renamed, and the directory fsynced; remotely it is an upload that is committed at its end, or discarded. And only
+faults that may pass by themselves are retried: a full disk is not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fault_tolerance.buffers import Bytes
+
+T = TypeVar("T")
+_PART_BYTES = 8 << 20
+_HOPELESS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENODATA)
+)
+
+
+class StorageError(RuntimeError):
+    """A read or write that the storage refused, after the retries. `errno` as the system gave it, or None."""
+
+    def __init__(self, message: str, *, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class Storage(Protocol):
+    """One directory. Names are plain file names."""
+
+    url: str
+    local: bool
+
+    def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:
+        """Store the parts, one after the other, as one object; returns its bytes. Asked again for the parts when it
+        tries again. Raises StorageError.
+        """
+
+    def read_into(self, name: str, offset: int, out: Bytes) -> None:
+        """Fill `out` from byte `offset` on. Raises StorageError, also when the object ends too early."""
+
+    def read(self, name: str) -> bytes:
+        """The whole object. Raises StorageError."""
+
+    def sizes(self) -> dict[str, int]:
+        """Name and bytes of every object; empty when there is no such directory."""
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove objects; those that are gone already are passed over."""
+
+    def children(self) -> list[str]:
+        """Names of the directories inside this one; empty when there is no such directory."""
+
+    def child(self, name: str) -> Storage:
+        """A directory inside this one."""
+
+    def remove_all(self) -> None:
+        """Remove the directory with everything in it."""
+
+    def close(self) -> None:
+        """Give up open files."""
+
+
+def open_storage(url: str | os.PathLike[str], *, attempts: int = 4, first_delay_s: float = 0.2) -> Storage:
+    """The storage behind a path or an fsspec URL such as `s3://bucket/run/checkpoints`."""
+    text = os.fspath(url)
+    if text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if "://" not in text:
+        return LocalStorage(text, attempts=attempts, first_delay_s=first_delay_s)
+    return RemoteStorage(text, attempts=attempts, first_delay_s=first_delay_s)
+
+
+def retry(what: str, call: Callable[[], T], *, attempts: int, first_delay_s: float) -> T:
+    """`call()`, again after 1, 2, 4, ... times the delay while it fails for a reason that may pass.
+
+    Raises StorageError with the last reason.
+    """
+    for attempt in range(attempts):
+        try:
+            return call()
+        except FileNotFoundError as error:
+            raise StorageError(f"{what}: must exist, but does not", errno=errno.ENOENT) from error
+        except Exception as error:  # object stores raise classes of their own; every one is re-raised, typed
+            code = error.errno if isinstance(error, OSError | StorageError) else None
+            if code in _HOPELESS or attempt == attempts - 1:
+                tries = f"after {attempt + 1} tries" if attempt else "at once"
+                raise StorageError(f"{what}: failed {tries}: {error or type(error).__name__}", errno=code) from error
+        time.sleep(first_delay_s * 2**attempt)
+    raise AssertionError("attempts is at least 1")
+
+
+def paced(parts: Iterable[Bytes], max_rate_mb_s: float | None) -> Iterator[Bytes]:
+    """The parts in slices of 8 MiB, no faster than the rate (MB/s), so that training keeps its bandwidth."""
+    start, done = time.monotonic(), 0
+    for part in parts:
+        for at in range(0, part.nbytes, _PART_BYTES):
+            yield part[at : at + _PART_BYTES]
+            done += min(_PART_BYTES, part.nbytes - at)
+            if max_rate_mb_s is not None:
+                time.sleep(max(0.0, start + done / (max_rate_mb_s * 1e6) - time.monotonic()))
+
+
+class LocalStorage:
+    """A directory of a mounted file system."""
+
+    local = True
+
+    def __init__(self, path: str, *, attempts: int, first_delay_s: float) -> None:
+        self.url = path
+        self._path = Path(path)
+        self._retry: dict[str, Any] = {"attempts": attempts, "first_delay_s": first_delay_s}
+        self._files: dict[str, int] = {}
+
+    def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:
+        return retry(f"{self.url}/{name}", lambda: self._write(name, parts()), **self._retry)
+
+    def _write(self, name: str, parts: Iterable[Bytes]) -> int:
+        hidden = self._path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+        self._path.mkdir(parents=True, exist_ok=True)
+        try:
+            with hidden.open("wb", buffering=1 << 20) as file:
+                size = sum(file.write(part.data) for part in parts)
+                file.flush()
+                os.fsync(file.fileno())
+            hidden.rename(self._path / name)
+        except BaseException:
+            hidden.unlink(missing_ok=True)
+            raise
+        sync_directory(self._path)
+        return size
+
+    def read_into(self, name: str, offset: int, out: Bytes) -> None:
+        def fill() -> None:
+            done, file = 0, self._open(name)
+            while done < out.nbytes:
+                got = os.preadv(file, [out[done:].data], offset + done)
+                if got == 0:
+                    raise StorageError(f"the file ends {out.nbytes - done} bytes too early", errno=errno.ENODATA)
+                done += got
+
+        retry(f"{self.url}/{name}", fill, **self._retry)
+
+    def read(self, name: str) -> bytes:
+        return retry(f"{self.url}/{name}", (self._path / name).read_bytes, **self._retry)
+
+    def sizes(self) -> dict[str, int]:
+        if not self._path.is_dir():
+            return {}
+        return {e.name: e.stat().st_size for e in os.scandir(self._path) if e.is_file()}
+
+    def remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self._path / name).unlink(missing_ok=True)
+
+    def children(self) -> list[str]:
+        return sorted(e.name for e in os.scandir(self._path) if e.is_dir()) if self._path.is_dir() else []
+
+    def child(self, name: str) -> LocalStorage:
+        return LocalStorage(str(self._path / name), **self._retry)
+
+    def remove_all(self) -> None:
+        shutil.rmtree(self._path, ignore_errors=True)
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _open(self, name: str) -> int:
+        if name not in self._files:
+            opened = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
+            if self._files.setdefault(name, opened) != opened:  # another thread was faster
+                os.close(opened)
+        return self._files[name]
+
+
+class RemoteStorage:
+    """A prefix of an object store, through fsspec. Credentials and endpoint come from the environment, as usual."""
+
+    local = False
+
+    def __init__(self, url: str, *, attempts: int, first_delay_s: float) -> None:
+        import fsspec  # kept out of the start-up of runs that save locally
+
+        self.url = url.rstrip("/")
+        self._fs, self._path = fsspec.core.url_to_fs(self.url)
+        self._retry: dict[str, Any] = {"attempts": attempts, "first_delay_s": first_delay_s}
+
+    def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:
+        return retry(f"{self.url}/{name}", lambda: self._write(name, parts()), **self._retry)
+
+    def _write(self, name: str, parts: Iterable[Bytes]) -> int:
+        file = self._fs.open(f"{self._path}/{name}", "wb", autocommit=False, block_size=_PART_BYTES)
+        try:
+            size = sum(file.write(part.data) for part in parts)
+            file.close()
+            file.commit()
+        except BaseException:
+            file.discard()
+            raise
+        return size
+
+    def read_into(self, name: str, offset: int, out: Bytes) -> None:
+        def fill() -> None:
+            data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + out.nbytes)
+            if len(data) != out.nbytes:
+                raise StorageError(f"the object ends {out.nbytes - len(data)} bytes too early", errno=errno.ENODATA)
+            out.data[:] = data
+
+        retry(f"{self.url}/{name}", fill, **self._retry)
+
+    def read(self, name: str) -> bytes:
+        data: bytes = retry(f"{self.url}/{name}", lambda: self._fs.cat_file(f"{self._path}/{name}"), **self._retry)
+        return data
+
+    def sizes(self) -> dict[str, int]:
+        return {name: size for name, size, kind in self._entries() if kind == "file"}
+
+    def remove(self, names: Iterable[str]) -> None:
+        present = self.sizes()
+        doomed = [f"{self._path}/{name}" for name in names if name in present]
+        if doomed:
+            retry(self.url, lambda: self._fs.rm(doomed), **self._retry)
+
+    def children(self) -> list[str]:
+        return sorted(name for name, _, kind in self._entries() if kind == "directory")
+
+    def child(self, name: str) -> RemoteStorage:
+        return RemoteStorage(f"{self.url}/{name}", **self._retry)
+
+    def remove_all(self) -> None:
+        if self._fs.exists(self._path):
+            retry(self.url, lambda: self._fs.rm(self._path, recursive=True), **self._retry)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _entries(self) -> Iterator[tuple[str, int, str]]:
+        def rows() -> list[dict[str, Any]]:
+            self._fs.invalidate_cache(self._path)
+            try:
+                return list(self._fs.ls(self._path, detail=True))
+            except FileNotFoundError:
+                return []
+
+        for row in retry(self.url, rows, **self._retry):
+            yield row["name"].rstrip("/").rsplit("/", 1)[-1], row["size"] or 0, row["type"]
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
