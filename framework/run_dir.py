@@ -1,0 +1,173 @@
+"""Run directory: what a run leaves behind, for tools, tests, `holdfast report`, and its own next life.
+
+    config.yaml     the composed config                     metrics.jsonl   one object per step
+    summary.json    how it ended                            events.jsonl    one object per decision
+    logs/  wandb/  drill/  checkpoints/  report.html        run_id          names the run in W&B and in snapshots
+
+A line is written with one `write` to a file opened for appending, so that a killed writer leaves whole lines; a torn
+last line, which only a full disk can cause, is cut off when the directory is opened again and skipped by readers.
+Files that are replaced are written aside and renamed. NaN and infinity are no JSON, and are written as null.
+
+Rule of this file: bytes and names. It decides nothing, and no field is computed here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+EVENT_KINDS = ("plan", "crew", "snapshot", "trouble", "recovered", "resized", "checkpoint", "finished", "failed")
+METRIC_KEYS = (
+    "step", "loss", "grad_norm", "lr", "tokens", "samples", "step_time_s", "tokens_per_s", "generation", "layout",
+)  # fmt: skip
+
+
+def new_run_dir(root: str | Path = "runs") -> str:
+    """A name that no other run has, even one that starts in the same second. Nothing is created."""
+    return str(Path(root) / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}")
+
+
+def newest_run_dir(root: str | Path = "runs") -> Path | None:
+    """The run directory below `root` that was written to last: what `resume=auto` means. None if there is none."""
+    found = [path.parent for path in Path(root).glob("*/config.yaml")]
+    return max(found, key=lambda path: _changed(path), default=None)
+
+
+class RunDir:
+    """One run's directory, open for writing. Opening makes it, or takes up where a killed writer stopped."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.logs = self.path / "logs"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._files = {name: _open_lines(self.path / name) for name in ("metrics.jsonl", "events.jsonl")}
+
+    @classmethod
+    def create(cls, path: str | Path) -> RunDir:
+        """Open the directory of a new run. Raises ValueError if a run is in it already."""
+        if (Path(path) / "config.yaml").exists():
+            raise ValueError(f"run_dir: must be new, got {path}, which holds a run; go on from it with resume={path}")
+        return cls(path)
+
+    @property
+    def run_id(self) -> str:
+        """The run's identity: made once, kept for all its lives."""
+        file = self.path / "run_id"
+        if not file.exists():
+            _replace(file, secrets.token_hex(4))
+        return file.read_text().strip()
+
+    def adopt(self, run_id: str) -> None:
+        """Take the identity of the run that this one continues."""
+        _replace(self.path / "run_id", run_id)
+
+    def metric(self, row: Mapping[str, Any]) -> None:
+        """Append a step's row. A step that is done again is written again: the last row of a step counts."""
+        self._append("metrics.jsonl", row)
+
+    def event(self, kind: str, *, step: int, generation: int, reason: str, **fields: Any) -> dict[str, Any]:
+        """Append a decision, stamped with the time, and return it. Raises ValueError for an unknown kind."""
+        if kind not in EVENT_KINDS:
+            raise ValueError(f"event: kind must be one of {', '.join(EVENT_KINDS)}, got {kind!r}; choose the nearest")
+        row = {"time": time.time(), "kind": kind, "step": step, "generation": generation, "reason": reason} | fields
+        self._append("events.jsonl", row)
+        return row
+
+    def write_config(self, values: Mapping[str, Any]) -> None:
+        """Write `config.yaml`."""
+        _replace(self.path / "config.yaml", yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+    def write_summary(self, values: Mapping[str, Any]) -> None:
+        """Write `summary.json`."""
+        _replace(self.path / "summary.json", json.dumps(clean(values), indent=2, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        """Close the files; what was appended is on its way to the disk already."""
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        line = json.dumps(clean(row), separators=(", ", ": "), allow_nan=False) + "\n"
+        os.write(self._files[name], line.encode())
+
+
+def metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows that counted, one for each step, ascending."""
+    rows = {row["step"]: row for row in metric_rows(path)}
+    return [rows[step] for step in sorted(rows)]
+
+
+def metric_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Every row as written, steps that were done again included."""
+    return list(_rows(Path(path) / "metrics.jsonl"))
+
+
+def events(path: str | Path) -> list[dict[str, Any]]:
+    """Every event, in order."""
+    return list(_rows(Path(path) / "events.jsonl"))
+
+
+def summary(path: str | Path) -> dict[str, Any] | None:
+    """How the run ended, or None while it goes on, or if it was killed."""
+    file = Path(path) / "summary.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def config(path: str | Path) -> dict[str, Any]:
+    """The plain config. Raises ValueError if there is no run in this directory."""
+    file = Path(path) / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{path}: must be a run directory, got one without config.yaml; see runs/")
+    values: dict[str, Any] = yaml.safe_load(file.read_text())
+    return values
+
+
+def clean(value: Any) -> Any:
+    """The value as JSON can hold it: numbers that are not finite become null, tuples lists, paths and others text."""
+    if isinstance(value, Mapping):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [clean(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    return clean(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.exists():
+        return
+    with file.open("rb") as lines:
+        for line in lines:
+            if line.endswith(b"\n") and line.strip():
+                yield json.loads(line)
+
+
+def _open_lines(file: Path) -> int:
+    """A file for appending, with a torn last line cut off."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, min(size, 1 << 20), max(0, size - (1 << 20)))
+    if tail and not tail.endswith(b"\n"):
+        os.ftruncate(descriptor, size - len(tail) + tail.rfind(b"\n") + 1)
+    return descriptor
+
+
+def _replace(file: Path, text: str) -> None:
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(file)
+
+
+def _changed(path: Path) -> float:
+    return max(file.stat().st_mtime for file in path.glob("*.*") if file.is_file())

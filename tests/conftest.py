@@ -1,0 +1,15 @@
+"""The suite's own rules: quick tests first, and what starts a Ray cluster or takes long is marked.
+
+    pytest -m "not slow and not cluster"     what `make test-fast` runs: under a minute on two cores
+"""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order by cost, stable otherwise, so that a mistake shows in seconds."""
+
+    def cost(item: pytest.Item) -> int:
+        return 2 * (item.get_closest_marker("cluster") is not None) + (item.get_closest_marker("slow") is not None)
+
+    items.sort(key=cost)
