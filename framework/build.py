@@ -1,0 +1,142 @@
+"""Build: from a config to the parts that train: model, state, engine, feed, schedule.
+
+Rule of this file: assembly only, each part a function of the config and the few numbers of the plan it depends on.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framework import data as data_source
+from framework.batching import Loader, share, tokens_labels
+from framework.config import Config, ModelConfig
+from framework.config_rules import OWN_MODEL
+from framework.schedule import Schedule
+from framework.windows import Data
+from parallel.assemble import Wrapping, meta
+from parallel.atlas import Atlas
+from parallel.engine import Engine, EngineOptions, FsdpEngine
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+from parallel.specs import state_specs
+
+
+def device_kind(wish: str) -> str:
+    """`cpu` or `cuda`. Raises ValueError if cuda is asked for and not there."""
+    if wish == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise ValueError("cluster.device: cuda must be available on every node, got none; use cluster.device=cpu")
+    return wish
+
+
+def data_values(config: Config) -> dict[str, Any]:
+    """The data section as the plain values that `framework.data` decodes."""
+    data = config.data
+    common = {"kind": data.kind, "seq_len": data.seq_len, "val_fraction": data.val_fraction, "tokenizer": data.tokenizer}
+    return common | dict(data.options)
+
+
+def open_data(config: Config) -> Data:
+    """The samples of the run. Raises ValueError for what the user can mend."""
+    return data_source.build(data_values(config), seed=config.seed)
+
+
+def model_builder(config: Config) -> Callable[[], nn.Module]:
+    """A function that builds the whole model on torch's current default device."""
+    model = config.model
+    vocab_size = model.vocab_size or data_source.vocab_size(data_values(config))
+    module, _, name = model.target.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"model._target_: must name an importable class, got {model.target!r} ({error}); write module.Class"
+        ) from error
+    arguments = _own_arguments(model) if model.target == OWN_MODEL else dict(model.extra)
+    return lambda: target(vocab_size=vocab_size, **arguments)  # type: ignore[no-any-return]
+
+
+def _own_arguments(model: ModelConfig) -> dict[str, Any]:
+    names = ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "rope_theta", "norm_eps", "tie_embeddings")
+    return {name: getattr(model, name) for name in names}
+
+
+def make_atlas(config: Config) -> Callable[[Layout, str], Atlas]:
+    """Atlases of this config's model: a function of layout and schedule. The model is looked at once."""
+    whole = meta(model_builder(config))
+    specs, num_layers = state_specs(whole), len(whole.layers)  # type: ignore[arg-type]
+    return lambda layout, schedule: Atlas(specs, layout, schedule, num_layers)
+
+
+def make_engine(config: Config, mesh: Mesh, *, schedule: str, num_microbatches: int) -> Engine:
+    """This rank's engine on a mesh; its parameters are zero until they are loaded or initialised."""
+    layout, optim = config.layout, config.optim
+    wrapping = Wrapping(
+        precision=layout.precision,
+        sequence_parallel=layout.sequence_parallel,
+        reshard_after_forward=layout.reshard_after_forward,
+        activation_checkpointing=layout.activation_checkpointing,
+        compile=layout.compile,
+    )
+    options = EngineOptions(
+        schedule=schedule,
+        num_microbatches=num_microbatches,
+        wrapping=wrapping,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
+    return FsdpEngine(model_builder(config), mesh=mesh, options=options)
+
+
+def make_schedule(config: Config) -> Schedule:
+    """The learning rate as a function of the step."""
+    optim = config.optim
+    return Schedule(
+        kind=optim.schedule,
+        peak=optim.lr,
+        warmup_steps=optim.warmup_steps,
+        schedule_steps=optim.schedule_steps,
+        final_lr_ratio=optim.final_lr_ratio,
+        decay_fraction=optim.decay_fraction,
+    )
+
+
+def num_held_out(config: Config, data: Data) -> int:
+    """How many held-out samples an evaluation uses."""
+    return min(config.monitor.eval_samples, data.num_val)
+
+
+class StepFeed:
+    """One replica's samples of every step, and of evaluations; `Feed` of `framework/trainer.py`."""
+
+    def __init__(self, config: Config, data: Data, *, dp: int, dp_index: int, num_microbatches: int) -> None:
+        self._data, self._seq_len = data, config.data.seq_len
+        self._global_batch = config.optim.global_batch
+        self._cut = {"dp": dp, "dp_index": dp_index, "num_microbatches": num_microbatches}
+        self._num_held_out = num_held_out(config, data)
+        self._loader = Loader(data, seq_len=self._seq_len, global_batch=self._global_batch, **self._cut)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """tokens_BT and labels_BT of this replica for a step (1-based)."""
+        batch = self._loader.batch((step - 1) * self._global_batch)
+        return batch.tokens_BT, batch.labels_BT
+
+    def held_out(self) -> list[tuple[Tensor, Tensor]]:
+        """This replica's held-out samples, in batches of the shape of a training batch."""
+        return [self._held_out(first) for first in range(0, self._num_held_out, self._global_batch)]
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self._loader.close()
+
+    def _held_out(self, first: int) -> tuple[Tensor, Tensor]:
+        indices = share(first_sample=first, global_batch=self._global_batch, **self._cut)
+        inside = [i if i is not None and i < self._num_held_out else None for i in indices]
+        return tokens_labels(self._data.val, inside, seq_len=self._seq_len)

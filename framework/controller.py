@@ -1,0 +1,284 @@
+"""Controller: the loop of a run. Look, plan, muster a crew, watch it; on trouble, do the same again.
+
+            +--------------------------------------------------------------+
+            v                                                              |
+    look (nodes, processes, vaults) -> plan (pure) -> muster -> watch -> trouble: clear
+                                         |                        |
+                                      refused                  finished
+                                         v                        v
+                                    failed, 3 or 4            finished, 0
+
+Starting, resuming and recovering are one path: starting is recovering from nothing. The controller keeps nothing
+that it could not find again: the processes by their names, the state and the newest generation in the vaults, the
+history in the run directory. So it may itself be killed and started again at any moment.
+
+Rule of this file: it acts on decisions of `plan.py` and `watch.py`; the bytes are the vaults' and the workers' matter.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from framework.cluster import Cluster
+from framework.config import decode
+from framework.crew import Crew, muster
+from framework.incident import Quarantine, Trouble
+from framework.journal import Journal
+from framework.memory import Memory
+from framework.plan import Place, Plan, Refused, make_plan, worth_growing
+from framework.planner import Planner
+from framework.pool import Pool, PoolError
+from framework.rendezvous import Rendezvous
+from framework.watch import Limits, Sight, judge
+
+LOOK_S = 0.1
+ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
+STOP_S = 60.0
+SETTLE_S = 3.0  # a node must have been there this long before the crew grows onto it
+MAX_FAILURES = 3  # at the same step, without one step of progress between
+
+
+class Controller:
+    """The run's one decider, hosted in an actor. `run` blocks until the end; `progress` and `stop` may be called meanwhile."""
+
+    def __init__(self, *, config: dict[str, Any], run_id: str, secret: str) -> None:
+        self._config = decode(config)
+        self._run_id = run_id
+        self._cluster = Cluster.inside(run_id)
+        self._journal = Journal(self._config, run_id)
+        self._planner = Planner(self._config, run_id)
+        self._rendezvous = Rendezvous()
+        self._memory = Memory(self._config, run_id=run_id, secret=secret, atlas=self._planner.atlas)
+        worker = {"config": config, "run_id": run_id, "secret": secret}
+        agent = {"run_id": run_id, "secret": secret, "scrub_mb_s": self._config.fault_tolerance.scrub_mb_s}
+        self._pool = Pool(self._cluster, logs=self._journal.logs, agent=agent, worker=worker)
+        self._quarantine = Quarantine(max_losses=3, window_s=600.0, expiry_s=self._config.detect.quarantine_s)
+        self._stop = threading.Event()
+        self._failures: dict[int, int] = {}
+        self._seen_since: dict[str, float] = {}
+
+    def progress(self, since: int) -> dict[str, Any]:
+        """Rows and events after number `since`, for whoever shows the run to a person."""
+        return self._journal.since(since)
+
+    def stop(self, reason: str) -> None:
+        """End the run at the next step boundary, state kept."""
+        self._journal.event("trouble", reason=f"asked to stop: {reason}", cause="stop")
+        self._stop.set()
+
+    def run(self) -> dict[str, Any]:
+        """The whole run. Returns the summary, `exit_code` included."""
+        trouble = self._inherit()
+        try:
+            while True:
+                trouble = self._generation(trouble)
+                if trouble is None:
+                    return self._end("finished" if not self._stop.is_set() else "interrupted")
+        except Refused as refusal:
+            return self._end("no_progress" if isinstance(refusal, NoProgress) else "failed", reason=str(refusal))
+        finally:
+            self._pool.close()
+            self._journal.close()
+
+    def _generation(self, trouble: Trouble | None) -> Trouble | None:
+        """One turn of the loop. Returns the trouble that ended it, or None when there is no more to do."""
+        began = time.monotonic()
+        plan = self._decide(trouble)
+        self._journal.planned(plan, seconds=time.monotonic() - began)
+        try:
+            crew = self._muster(plan)
+        except PoolError as error:
+            return self._count(Trouble("crash", (), (), str(error), plan.source.step, time.time()))
+        ended = self._watch(crew)
+        if ended is None or (self._stop.is_set() and crew.finished):
+            return None
+        self._clear(crew, ended)
+        return self._count(ended)
+
+    # look and plan
+
+    def _inherit(self) -> Trouble | None:
+        """Stop, at a step boundary, the crew that an earlier life of this controller left at work."""
+        if not self._pool.workers:
+            return None
+        self._journal.event("trouble", reason="the controller was started again", cause="controller")
+        calls = {name: remote.call("leave") for name, remote in self._pool.workers.items()}
+        deadline = time.monotonic() + STOP_S
+        for name, call in calls.items():
+            if not call.wait(max(0.0, deadline - time.monotonic())):
+                self._pool.workers[name].kill()
+                self._pool.forget(name)
+        return Trouble("controller", (), (), "the controller was lost", self._journal.reached, time.time())
+
+    def _places(self) -> tuple[Place, ...]:
+        """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine."""
+        nodes = [n for n in self._cluster.nodes() if n.alive and not n.head]
+        nodes = [n for n in nodes if self._cluster.confirm(n.name)]
+        self._pool.reap(nodes)
+        barred = self._quarantine.reasons(time.time())
+        usable = [n for n in nodes if not n.draining and n.name not in barred]
+        slots = self._config.cluster.workers_per_node
+        return tuple(Place(n.name, slots, n.domain, self._pool.warm(n.name)) for n in usable)
+
+    def _decide(self, trouble: Trouble | None) -> Plan:
+        if trouble is None:
+            self._cluster.require(
+                num_nodes=self._config.cluster.num_nodes, timeout_s=self._config.cluster.start_timeout_s
+            )
+        places = self._places()
+        self._memory.look(self._pool.agents)
+        source = self._memory.source(reached=self._journal.reached)
+        generation = max(self._memory.generation, self._journal.generation)
+        situation = self._planner.situation(
+            places, source=source, generation=generation, overlap=self._memory.overlap, trouble=trouble
+        )
+        return make_plan(self._run_id, self._planner.wish(), situation)
+
+    # muster
+
+    def _muster(self, plan: Plan) -> Crew:
+        began = time.monotonic()
+        took = self._pool.ensure([seat.worker for seat in plan.seats], timeout_s=self._config.cluster.start_timeout_s)
+        order = self._memory.open(plan, self._pool.agents) | {
+            "plan": plan,
+            "store": self._rendezvous.address,
+            "reached": self._journal.reached,
+        }
+        crew = muster(plan, agents=self._pool.agents, order=order, workers=self._pool.workers)
+        self._journal.mustered(plan, seconds=time.monotonic() - began, started=took)
+        self._warm_spares(plan)
+        return crew
+
+    def _warm_spares(self, plan: Plan) -> None:
+        """Start agents and workers on nodes that have no rank, without waiting for them."""
+        for place in self._places():
+            if place.node not in plan.nodes:
+                self._pool.start([f"{place.node}.{slot}" for slot in range(place.slots)])
+
+    # watch
+
+    def _watch(self, crew: Crew) -> Trouble | None:
+        """Until the crew has ended, well or badly. Returns the trouble, or None if there is nothing left to train."""
+        leaving: Trouble | None = None
+        while True:
+            self._journal.take(crew.look(), crew.plan)
+            self._journal.snapshots(self._memory.poll(self._pool.agents))
+            self._journal.serve_requests(self._memory)
+            if crew.finished:
+                self._journal.take(crew.last_words(), crew.plan)
+                return self._conclude(crew, leaving)
+            trouble = judge(self._sight(crew), crew.plan, self._limits(crew))
+            if trouble is not None and not trouble.planned:
+                self._journal.take(crew.last_words(), crew.plan)
+                return trouble
+            if leaving is None:
+                leaving = trouble or self._wish_to_leave(crew)
+                if leaving is not None:
+                    self._journal.event("trouble", reason=str(leaving), cause=leaving.kind)
+                    crew.request_stop()
+            time.sleep(LOOK_S)
+
+    def _conclude(self, crew: Crew, leaving: Trouble | None) -> Trouble | None:
+        outcomes = [view.outcome for view in crew.ranks if view.outcome is not None]
+        if all(outcome["how"] == "finished" for outcome in outcomes):
+            return None
+        if any(outcome["how"] == "diverged" for outcome in outcomes):
+            raise Refused("loss or gradients stayed NaN or infinite although steps were left out; see detect.max_skips")
+        return leaving
+
+    def _sight(self, crew: Crew) -> Sight:
+        now = time.monotonic()
+        nodes = self._cluster.nodes()
+        ended = crew.ended()
+        suspects = {crew.plan.seats[r].node for r, e in ended.items() if e.how == "died"}
+        suspects |= {crew.plan.seats[r].node for r, s in crew.silent_s(now).items() if s > 1.0}
+        dead = {n.name for n in nodes if not n.alive} | {n for n in suspects if not self._cluster.confirm(n)}
+        broken = [e.at for e in ended.values() if e.how == "collective"]
+        return Sight(
+            now=time.time(),
+            ended=ended,
+            silent_s=crew.silent_s(now),
+            progress=crew.progress(),
+            quiet_s=self._journal.quiet_s(crew.began),
+            dead_nodes=frozenset(dead),
+            draining=frozenset(n.name for n in nodes if n.draining),
+            vaults_lost=self._memory.lost,
+            collective_broken_s=now - min(broken) if broken else 0.0,
+        )
+
+    def _limits(self, crew: Crew) -> Limits:
+        detect = self._config.detect
+        stall = max(detect.hang_timeout_s, detect.hang_steps * self._journal.step_s)
+        if not self._journal.stepped(crew.plan.generation):
+            stall = detect.first_step_timeout_s
+        return Limits(ping_timeout_s=detect.ping_timeout_s, stall_s=stall)
+
+    def _wish_to_leave(self, crew: Crew) -> Trouble | None:
+        """A reason of our own to end the generation at a step boundary: asked to stop, or room to grow."""
+        if self._stop.is_set():
+            return Trouble("preemption", (), (), "asked to stop", self._journal.reached, time.time())
+        fresh = self._settled(crew.plan)
+        if not fresh:
+            return None
+        situation = self._planner.situation(
+            self._places(), source=crew.plan.source, generation=crew.plan.generation, overlap=None, trouble=None
+        )
+        option = worth_growing(crew.plan, self._planner.wish(), situation)
+        if option is None or not self._pool.is_ready([f"{n}.0" for n in fresh]):
+            return None
+        return Trouble("resize", (), tuple(fresh), f"{', '.join(fresh)} joined: {option}", self._journal.reached, time.time())
+
+    def _settled(self, plan: Plan) -> list[str]:
+        """Nodes without a rank that have been usable for a while, so that a flapping one is not grown onto."""
+        now = time.monotonic()
+        barred = self._quarantine.reasons(time.time())
+        alive = {n.name for n in self._cluster.nodes() if n.alive and not n.head and not n.draining} - set(barred)
+        self._seen_since = {n: self._seen_since.get(n, now) for n in alive}
+        fresh = sorted(n for n in alive - set(plan.nodes) if now - self._seen_since[n] > SETTLE_S)
+        for node in fresh:
+            self._pool.start([f"{node}.{slot}" for slot in range(self._config.cluster.workers_per_node)])
+        return fresh
+
+    # trouble
+
+    def _clear(self, crew: Crew, trouble: Trouble) -> None:
+        """Everybody out of the old generation, the dead off the books, the incident opened."""
+        began = time.monotonic()
+        self._journal.trouble(trouble, crew.plan)
+        dead = frozenset(trouble.nodes) if trouble.kind == "node_loss" else frozenset()
+        for rank in trouble.ranks:
+            if trouble.kind == "hang" and crew.ranks[rank].ended is None:
+                crew.kill(rank)
+        stuck = () if crew.finished else crew.abort(deadline_s=ABORT_S, dead_nodes=dead)
+        for rank, view in enumerate(crew.ranks):
+            if view.ended is not None and view.ended.how == "died" or rank in stuck:
+                self._pool.forget(crew.plan.seats[rank].worker)
+        for node in dead:
+            self._pool.forget(node=node)
+            reason = self._quarantine.lost(node, time.time())
+            if reason is not None:
+                self._journal.event("trouble", reason=f"quarantine: {reason}", cause="quarantine")
+        for node in self._memory.lost:
+            self._pool.forget_agent(node)
+        self._journal.cleared(seconds=time.monotonic() - began, stuck=stuck)
+
+    def _count(self, trouble: Trouble) -> Trouble:
+        """Count failures of the same step. Raises NoProgress when there are too many."""
+        if trouble.planned:
+            return trouble
+        step = self._journal.reached
+        self._failures[step] = self._failures.get(step, 0) + 1
+        if self._failures[step] >= MAX_FAILURES:
+            raise NoProgress(f"step {step + 1} failed {self._failures[step]} times in a row; the last time: {trouble}")
+        return trouble
+
+    def _end(self, status: str, reason: str = "") -> dict[str, Any]:
+        """Write the last word: what the run came to, or what is lost and how to go on."""
+        closing = self._memory.closing(self._pool, status) if status in ("finished", "interrupted") else {}
+        return self._journal.summary(status, reason=reason, closing=closing)
+
+
+class NoProgress(Refused):
+    """The same step failed too often."""

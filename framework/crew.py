@@ -1,0 +1,163 @@
+"""Crew: the connected workers of one plan, as the controller holds them.
+
+    muster   agents and workers that are missing are started, those that live are kept
+    start    every rank's call of `Worker.run` goes out
+    look     what each rank says of itself, without waiting for those who say nothing
+    abort    everybody out of the collectives; whoever is not out by the deadline is killed
+
+Rule of this file: calls and their bookkeeping. It decides nothing (`watch.py` and `plan.py` do).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from framework.cluster import Call, CallError, Cluster, Remote, WorkerDied, WorkerUnavailable, tail
+from framework.nodes import Exit
+from framework.plan import Plan
+from framework.watch import Ended
+
+POLL_S = 0.1
+
+
+@dataclass(slots=True)
+class RankView:
+    """What is known of one rank: its pending poll, its last words, how its call ended."""
+
+    remote: Remote
+    run: Call
+    ping: Call | None = None
+    heard: float = 0.0
+    progress: tuple[int, str] = (0, "start")
+    ended: Ended | None = None
+    outcome: dict[str, Any] | None = None
+    acked: int = 0
+
+
+@dataclass(slots=True)
+class Crew:
+    """The ranks of one plan and the agents of its nodes."""
+
+    plan: Plan
+    agents: Mapping[str, Remote]
+    ranks: list[RankView]
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every rank came to an end of its own, as planned."""
+        return all(view.outcome is not None for view in self.ranks)
+
+    def look(self) -> list[dict[str, Any]]:
+        """Ask everybody, hear who has answered meanwhile. Returns the new rows and events of the ranks.
+
+        A poll that is under way is never repeated, so a rank that hangs costs one pending call.
+        """
+        said: list[dict[str, Any]] = []
+        for rank, view in enumerate(self.ranks):
+            if view.ended is None and view.run.done():
+                self._close(rank, view)
+            if view.ping is not None and view.ping.done():
+                said += self._hear(view, view.ping)
+                view.ping = None
+            if view.ended is None and view.ping is None:
+                view.ping = view.remote.call("poll", view.acked)
+        return said
+
+    def last_words(self) -> list[dict[str, Any]]:
+        """The rows that were still to come from ranks whose call has ended; waits a moment for each."""
+        said: list[dict[str, Any]] = []
+        for view in self.ranks:
+            if view.ended is None or view.ended.how != "died":
+                said += self._hear(view, view.remote.call("poll", view.acked), wait_s=2.0)
+        return said
+
+    def silent_s(self, now: float) -> dict[int, float]:
+        """Seconds since each rank that has not ended was last heard."""
+        return {r: now - view.heard for r, view in enumerate(self.ranks) if view.ended is None}
+
+    def progress(self) -> dict[int, tuple[int, str]]:
+        """(step, phase) of each rank that still runs."""
+        return {r: view.progress for r, view in enumerate(self.ranks) if view.ended is None}
+
+    def ended(self) -> dict[int, Ended]:
+        """How the calls that have ended badly did so."""
+        return {r: v.ended for r, v in enumerate(self.ranks) if v.ended is not None and v.outcome is None}
+
+    def request_stop(self) -> None:
+        """Ask the crew to end at the next step boundary, all ranks alike."""
+        for view in self.ranks:
+            if view.ended is None:
+                view.remote.call("request_stop", self.plan.generation)
+
+    def abort(self, *, deadline_s: float, dead_nodes: frozenset[str]) -> tuple[int, ...]:
+        """Throw everybody out of the collectives. Returns the ranks that had to be killed for it."""
+        open_views = [(r, v) for r, v in enumerate(self.ranks) if v.ended is None]
+        for _, view in open_views:
+            view.remote.call("abort", self.plan.generation)
+        deadline = time.monotonic() + deadline_s
+        for rank, view in open_views:
+            lost = self.plan.seats[rank].node in dead_nodes
+            if not lost and view.run.wait(max(0.0, deadline - time.monotonic())):
+                self._close(rank, view)
+        stuck = [r for r, v in open_views if v.ended is None]
+        for rank in stuck:
+            self.kill(rank)
+        return tuple(stuck)
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL a rank's process through its node's agent (a stopped process dies too), then tell Ray."""
+        view, node = self.ranks[rank], self.plan.seats[rank].node
+        pid = view.remote.pid
+        if pid is not None and node in self.agents:
+            self.agents[node].call("kill_pid", pid).wait(2.0)
+        view.remote.kill()
+        if view.ended is None:
+            view.ended = Ended("died", "killed: it was not out of the collectives by the deadline", time.monotonic())
+
+    def _hear(self, view: RankView, ping: Call, wait_s: float = 0.0) -> list[dict[str, Any]]:
+        try:
+            answer = ping.result(wait_s)
+        except (CallError, TimeoutError):
+            return []
+        if answer["generation"] != self.plan.generation:
+            view.heard = time.monotonic()
+            return []
+        view.heard, view.progress = time.monotonic(), tuple(answer["progress"])
+        fresh = [item for number, item in answer["said"] if number > view.acked]
+        view.acked = max([number for number, _ in answer["said"]], default=view.acked)
+        return fresh
+
+    def _close(self, rank: int, view: RankView) -> None:
+        now = time.monotonic()
+        try:
+            result = view.run.result(0)
+        except WorkerDied as error:
+            view.ended = Ended("died", error.cause, now, node_lost=error.exit is Exit.NODE)
+        except WorkerUnavailable as error:
+            view.ended = Ended("died", error.cause, now)
+        except CallError as error:
+            view.ended = Ended("error", str(error), now)
+        else:
+            if result["how"] in ("finished", "stopped", "diverged"):
+                view.outcome = result
+            view.ended = Ended(result["how"], result.get("evidence", ""), now)
+
+
+def muster(
+    cluster: Cluster, plan: Plan, *, agents: Mapping[str, Remote], order: Mapping[str, Any], workers: Mapping[str, Remote]
+) -> Crew:
+    """Send every rank to its seat. `workers` by worker id must hold a live one for every seat of the plan."""
+    ranks = []
+    for rank, seat in enumerate(plan.seats):
+        remote = workers[seat.worker]
+        ranks.append(RankView(remote, remote.call("run", {**order, "rank": rank}, lane="train"), heard=time.monotonic()))
+    return Crew(plan, agents, ranks)
+
+
+def log_lines(paths: Sequence[str], lines: int = 5) -> str:
+    """The last lines of some logs, for an error message."""
+    return "\n".join(text for path in paths if (text := tail(path, lines)))

@@ -1,0 +1,162 @@
+"""Driver: what runs in the user's terminal: open the cluster, start the controller, show what happens, give the exit code.
+
+The controller is an actor of its own and does all the work; if it is lost, Ray starts it again and the driver calls it
+once more. The first SIGINT or SIGTERM asks the run to end at a step boundary with its state kept; a second one ends it
+at once.
+
+Rule of this file: no decision about the run is taken here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from framework.cluster import Call, CallError, Cluster, ClusterError, Remote
+from framework.config import Config, plain
+from framework.outlook import outlook
+from framework.progress import make_progress
+from framework.run_dir import RunDir
+from framework.telemetry import Telemetry
+
+EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
+FOLLOW_S = 0.25
+FIND_AGAIN_S = 30.0
+
+
+def run(config: Config) -> int:
+    """Train. Returns the exit code: 0 finished, 3 unrecoverable, 4 no progress, 130 interrupted.
+
+    Raises ValueError for what the user can mend.
+    """
+    directory = RunDir.create(config.run_dir)
+    directory.write_config(plain(config))
+    run_id = directory.run_id
+    directory.close()
+    progress = make_progress(config.monitor.progress, num_steps=config.optim.num_steps)
+    shown = Telemetry({} if progress is None else {"progress": progress})
+    began = time.monotonic()
+    try:
+        with _Interrupts() as interrupts, _opened(config, run_id) as cluster:
+            shown.event(_notice(f"cluster up in {time.monotonic() - began:.1f} s; run directory {config.run_dir}"))
+            payload = {"config": plain(config), "run_id": run_id, "secret": secrets.token_hex(16)}
+            controller = cluster.start_controller("framework.controller:Controller", payload)
+            summary = _follow(cluster, controller, shown, interrupts)
+    except ClusterError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        shown.close()
+    _last_word(config, summary)
+    return EXIT_CODES[summary["status"]]
+
+
+def plan(config: Config) -> str:
+    """Everything that would be decided, as text. Starts nothing. Raises ValueError as `run` would."""
+    return outlook(config)
+
+
+@contextmanager
+def _opened(config: Config, run_id: str) -> Iterator[Cluster]:
+    wish = config.cluster
+    cluster = Cluster.open(
+        run_id=run_id,
+        address=wish.address,
+        num_nodes=wish.num_nodes,
+        workers_per_node=wish.workers_per_node,
+        spare_nodes=wish.spare_nodes,
+        domains=wish.domains,
+        start_timeout_s=wish.start_timeout_s,
+    )
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def _follow(cluster: Cluster, controller: Remote, shown: Telemetry, interrupts: _Interrupts) -> dict[str, Any]:
+    """Show what the controller tells until its run ends; call it again if it was lost meanwhile."""
+    since, asked = 0, False
+    call = controller.call("run", lane="train")
+    while True:
+        try:
+            if call.wait(FOLLOW_S):
+                _show(controller.call("progress", since).result(10.0), shown)
+                return dict(call.result(0))
+            since = _show(controller.call("progress", since).result(10.0), shown)
+            if interrupts.count and not asked:
+                asked = True
+                controller.call("stop", "interrupted by a signal")
+            if interrupts.count > 1:
+                return {"status": "interrupted", "reason": "ended at once by a second signal"}
+        except (CallError, TimeoutError) as error:
+            shown.event(_notice(f"controller lost: {error}"))
+            controller, call = _again(cluster, error)
+            since = 0
+
+
+def _again(cluster: Cluster, error: Exception) -> tuple[Remote, Call]:
+    deadline = time.monotonic() + FIND_AGAIN_S
+    while time.monotonic() < deadline:
+        controller = cluster.find_controller(timeout_s=5.0)
+        if controller is not None:
+            try:
+                controller.ready().result(FIND_AGAIN_S)
+                return controller, controller.call("run", lane="train")
+            except (CallError, TimeoutError):
+                pass  # it may still be on its way up; the deadline bounds the tries
+        time.sleep(0.2)
+    raise ClusterError(f"the controller must come back within {FIND_AGAIN_S:.0f} s, it did not: {error}") from error
+
+
+def _show(news: dict[str, Any], shown: Telemetry) -> int:
+    for item in news["said"]:
+        if "row" in item:
+            shown.step(item["row"])
+        elif "event" in item:
+            shown.event(item["event"])
+        elif "evaluation" in item:
+            shown.event(_notice(f"val_loss {item['evaluation']['val_loss']:.4f} at step {item['evaluation']['step']}"))
+    return int(news["last"])
+
+
+def _notice(text: str) -> dict[str, Any]:
+    return {"kind": "info", "reason": text, "step": 0}
+
+
+def _last_word(config: Config, summary: dict[str, Any]) -> None:
+    """What a person wants to know at the end."""
+    lines = [f"{summary['status']}: {summary.get('reason') or 'as planned'}"]
+    if summary.get("sample"):
+        lines += ["sample of generated text:", str(summary["sample"]).rstrip()]
+    for key in ("final_loss", "val_loss", "state_sha256"):
+        if summary.get(key) is not None:
+            lines.append(f"{key} {summary[key]}")
+    lines.append(f"run directory {config.run_dir}; see it with: holdfast report {config.run_dir}")
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+class _Interrupts:
+    """Counts SIGINT and SIGTERM while it is entered."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        self.count += 1

@@ -1,0 +1,242 @@
+"""Journal: the history of a run as the controller writes it: rows, events, incidents, the last word.
+
+    what ranks say, what is decided  ->  files of the run directory + sinks + whoever follows the run
+                                     ->  the few facts the controller asks back: newest step, step time, silence
+
+Opened again after the controller was lost, it reads its own files and goes on counting.
+
+Rule of this file: it writes down. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from framework import run_dir
+from framework.config import Config, plain
+from framework.incident import Incident, Recovery, Trouble
+from framework.plan import Plan
+from framework.run_dir import RunDir
+from framework.telemetry_sinks import make_sinks
+from framework.telemetry import Telemetry
+
+FOLLOWED = 20_000
+
+
+class Journal:
+    """The one writer of a run directory."""
+
+    def __init__(self, config: Config, run_id: str) -> None:
+        self._dir = RunDir(config.run_dir)
+        if not (self._dir.path / "config.yaml").exists():
+            self._dir.write_config(plain(config))
+        sinks = make_sinks(config.monitor, directory=config.run_dir, run_id=run_id, config=plain(config))
+        self._telemetry = Telemetry(sinks)
+        self._rows = run_dir.metrics(config.run_dir)
+        events = run_dir.events(config.run_dir)
+        self._events = len(events)
+        self.generation = max((int(e["generation"]) for e in events), default=0)
+        self._first_generation = self.generation + 1
+        self._incidents: list[dict[str, Any]] = [e["incident"] for e in events if "incident" in e]
+        self._open: Incident | None = None
+        self._opened = 0.0
+        self._recoveries: dict[int, Recovery] = {}
+        self._step_times: deque[float] = deque(maxlen=50)
+        self._last_step_at = 0.0
+        self._stepped: set[int] = set()
+        self._began = time.time()
+        self._useful_s = sum(float(row["step_time_s"]) for row in self._rows)
+        self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FOLLOWED)
+        self._number = 0
+        self._lock = threading.Lock()
+        self._val_loss: float | None = None
+        self._plan: Plan | None = None
+
+    # facts
+
+    @property
+    def logs(self) -> str:
+        """Where the logs of processes go."""
+        return str(self._dir.logs)
+
+    @property
+    def reached(self) -> int:
+        """The newest step that was ever taken."""
+        return int(self._rows[-1]["step"]) if self._rows else 0
+
+    @property
+    def step_s(self) -> float:
+        """The median step time lately; 0 while unknown."""
+        return statistics.median(self._step_times) if self._step_times else 0.0
+
+    def stepped(self, generation: int) -> bool:
+        """Whether a generation has taken a step."""
+        return generation in self._stepped
+
+    def quiet_s(self, began: float) -> float:
+        """Seconds since the last sign of progress, at most since `began` (monotonic)."""
+        return time.monotonic() - max(self._last_step_at, began)
+
+    def since(self, number: int) -> dict[str, Any]:
+        """Rows and events that came after `number`, for whoever follows the run."""
+        with self._lock:
+            fresh = [item for item in self._said if item[0] > number]
+        return {"last": fresh[-1][0] if fresh else number, "said": [item for _, item in fresh]}
+
+    # writing
+
+    def event(self, kind: str, *, reason: str, step: int | None = None, **fields: Any) -> None:
+        """One decision or happening."""
+        at = self.reached if step is None else step
+        row = self._dir.event(kind, step=at, generation=self.generation, reason=reason, **fields)
+        self._telemetry.event(row)
+        self._tell({"event": row})
+
+    def planned(self, plan: Plan, *, seconds: float) -> None:
+        """A generation begins."""
+        self.generation, self._plan = plan.generation, plan
+        if self._open is not None:
+            self._open.plan_s, self._open.decision = seconds, plan.reason
+            self._open.layout_after = str(plan.layout)
+            self._open.steps_lost = max(0, self.reached - plan.source.step)
+        self.event(
+            "plan",
+            reason=plan.reason,
+            step=plan.source.step,
+            layout=str(plan.layout),
+            schedule=plan.schedule,
+            num_microbatches=plan.num_microbatches,
+            seats=[seat.worker for seat in plan.seats],
+            tolerate=plan.tolerate,
+            tier=plan.source.tier,
+            options=[str(option) for option in plan.options],
+            plan_s=seconds,
+        )
+
+    def mustered(self, plan: Plan, *, seconds: float, started: Mapping[str, float]) -> None:
+        """The crew of a plan has been called together."""
+        self._recoveries = {}
+        if self._open is not None:
+            self._open.muster_s = seconds
+        slowest = max(started.values(), default=0.0)
+        reason = f"{plan.layout.world} workers on {len(plan.nodes)} nodes, {len(started)} processes started in {slowest:.1f} s"
+        self.event("crew", reason=reason, step=plan.source.step, muster_s=seconds, started=dict(started))
+
+    def take(self, said: Iterable[Mapping[str, Any]], plan: Plan) -> None:
+        """What ranks have said since the last time."""
+        for item in said:
+            match item.get("event"):
+                case None:
+                    self._row(item, plan)
+                case "restored":
+                    self._restored(int(item["rank"]), item["recovery"], plan)
+                case "evaluation":
+                    self._val_loss = float(item["val_loss"])
+                    self._telemetry.step(item)
+                    self._tell({"evaluation": dict(item)})
+                case kind:
+                    fields = {k: v for k, v in item.items() if k not in ("event", "reason", "step", "generation", "kind")}
+                    self.event(str(kind), reason=str(item["reason"]), step=int(item["step"]), **fields)
+
+    def snapshots(self, snapshots: Iterable[Mapping[str, Any]]) -> None:
+        """Snapshots that have become protected, or were lost, since the last time."""
+        for snapshot in snapshots:
+            self.event("snapshot", **snapshot)
+
+    def trouble(self, trouble: Trouble, plan: Plan) -> None:
+        """A generation has ended before its time; an incident begins."""
+        self._close_incident()
+        self._open = Incident(trouble, str(plan.layout), detect_s=trouble.silent_s)
+        self._opened = time.monotonic()
+        reason = str(trouble)
+        self.event("trouble", reason=reason, cause=trouble.kind, ranks=trouble.ranks, nodes=trouble.nodes)
+
+    def cleared(self, *, seconds: float, stuck: Sequence[int]) -> None:
+        """Everybody is out of the old generation."""
+        if self._open is not None:
+            self._open.abort_s = seconds
+            if stuck:
+                self._open.extra["killed_ranks"] = list(stuck)
+
+    def summary(self, status: str, *, reason: str, closing: Mapping[str, Any], exit_code: int) -> dict[str, Any]:
+        """Write the last word of the run, and return it."""
+        self._close_incident()
+        wall = max(time.time() - self._began, 1e-9)
+        last = self._rows[-1] if self._rows else None
+        values = {
+            "status": status,
+            "reason": reason,
+            "exit_code": exit_code,
+            "steps": self.reached,
+            "final_loss": last["loss"] if last else None,
+            "val_loss": self._val_loss,
+            "layout": str(self._plan.layout) if self._plan else None,
+            "generations": self.generation,
+            "samples": int(last["samples"][1]) + 1 if last else 0,
+            "goodput": min(1.0, self._counted_s() / wall),
+            "wall_s": wall,
+            "incidents": self._incidents,
+        } | dict(closing)
+        self._dir.write_summary(values)
+        kind = "finished" if status in ("finished", "interrupted") else "failed"
+        self.event(kind, reason=reason or status, status=status)
+        return values
+
+    def close(self) -> None:
+        """Let the sinks write what they have."""
+        self._close_incident()
+        self._telemetry.close()
+        self._dir.close()
+
+    # private
+
+    def _row(self, row: Mapping[str, Any], plan: Plan) -> None:
+        now = time.monotonic()
+        self._dir.metric(row)
+        self._telemetry.step(row)
+        while self._rows and self._rows[-1]["step"] >= row["step"]:
+            self._rows.pop()
+        self._rows.append(dict(row))
+        self._last_step_at = now
+        if plan.generation in self._stepped:  # the first step of a generation compiles and connects
+            self._step_times.append(float(row["step_time_s"]))
+        elif self._open is not None:
+            self._recovered(float(row["step_time_s"]))
+        self._stepped.add(plan.generation)
+        self._tell({"row": dict(row)})
+
+    def _restored(self, rank: int, recovery: Recovery, plan: Plan) -> None:
+        self._recoveries[rank] = recovery
+        if len(self._recoveries) == plan.layout.world and self._open is not None:
+            self._open.restored(list(self._recoveries.values()))
+
+    def _recovered(self, first_step_s: float) -> None:
+        """The first new step: the incident is over."""
+        assert self._open is not None
+        self._open.first_step_s = first_step_s
+        self._open.total_s = time.monotonic() - self._opened + self._open.detect_s
+        kind = "resized" if self._open.layout_before != self._open.layout_after else "recovered"
+        self._close_incident(kind)
+
+    def _close_incident(self, kind: str = "trouble") -> None:
+        incident, self._open = self._open, None
+        if incident is None:
+            return
+        record = incident.plain()
+        self._incidents.append(record)
+        reason = incident.decision or f"unresolved: {incident.trouble}"
+        self.event(kind, reason=reason, incident=record)
+
+    def _counted_s(self) -> float:
+        """Seconds of the steps that counted."""
+        return sum(float(row["step_time_s"]) for row in self._rows if row["generation"] >= self._first_generation)
+
+    def _tell(self, item: dict[str, Any]) -> None:
+        with self._lock:
+            self._number += 1
+            self._said.append((self._number, item))

@@ -1,0 +1,108 @@
+"""Outlook: everything that would be decided, as text, for `holdfast plan`. Nothing is started.
+
+The nodes are taken as configured (emulated ones on this machine, or `num_nodes` of a cluster that is not asked).
+
+Rule of this file: it words decisions that `plan.py`, `placement.py` and `budget.py` take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import psutil
+
+from fault_tolerance import budget as memory_budget
+from fault_tolerance.placement import limits, plan_groups
+from fault_tolerance.slab import slab_of
+from framework.config import Config
+from framework.plan import Place, Plan, Source, make_plan
+from framework.planner import Planner
+from parallel.atlas import Atlas
+
+STATE_WORDS = "parameters and both moments, fp32"
+
+
+def outlook(config: Config) -> str:
+    """The plan as lines of `key: value`. Raises ValueError for what would be refused at the start."""
+    planner = Planner(config)
+    plan = make_plan("plan", planner.wish(), planner.situation(places_of(config), source=first_source(config), generation=0))
+    atlas = planner.atlas(plan.layout, plan.schedule)
+    lines = [*_work(config, planner, plan), *_seats(plan, atlas), *_protection(config, plan, atlas)]
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
+
+
+def places_of(config: Config) -> tuple[Place, ...]:
+    """The nodes as configured, all alive and empty."""
+    cluster = config.cluster
+    domains = cluster.domains if isinstance(cluster.domains, tuple) else None
+    names = [f"n{i}" for i in range(cluster.num_nodes + cluster.spare_nodes)]
+    return tuple(
+        Place(name, cluster.workers_per_node, domains[i] if domains else name) for i, name in enumerate(names)
+    )
+
+
+def first_source(config: Config) -> Source:
+    """Where a first generation's state would come from."""
+    return Source("fresh", 0) if config.resume is None else Source("durable", 0, config.resume)
+
+
+def node_bytes(plan: Plan, atlas: Atlas) -> dict[str, int]:
+    """Bytes of state that each node of a plan keeps for itself."""
+    return {node: sum(slab_of(atlas, rank).nbytes for rank in plan.ranks_on(node)) for node in plan.nodes}
+
+
+def check_budget(config: Config, plan: Plan, atlas: Atlas, free_bytes: Mapping[str, int]) -> None:
+    """Refuse snapshots that do not fit into the nodes' memory. Raises ValueError with the numbers."""
+    if config.fault_tolerance.every_steps != 0:
+        memory_budget.check(_budget(config, plan, atlas), free_bytes)
+
+
+def _budget(config: Config, plan: Plan, atlas: Atlas) -> dict[str, memory_budget.NodeBudget]:
+    size = config.fault_tolerance.group_size or len(plan.nodes)
+    groups = plan_groups(dict(plan.domains), tolerate=plan.tolerate, group_size=max(size, plan.tolerate + 1))
+    return memory_budget.budget(groups, node_bytes(plan, atlas), chunk_bytes=config.fault_tolerance.chunk_bytes)
+
+
+def _work(config: Config, planner: Planner, plan: Plan) -> Iterator[tuple[str, str]]:
+    optim, tokens = config.optim, config.optim.global_batch * config.data.seq_len
+    yield "model", f"{planner.model.params:,} parameters, {planner.model.num_layers} layers, vocabulary {planner.model.vocab_size}"
+    yield "data", f"{config.data.kind}, {config.data.seq_len} tokens a sample"
+    yield "optimizer", f"AdamW, peak rate {optim.lr:g}, {optim.schedule} over {optim.schedule_steps} steps, {optim.warmup_steps} to warm up"
+    yield "batch", f"{optim.global_batch} samples = {tokens:,} tokens; {optim.num_steps} steps = {optim.num_steps * tokens:,} tokens"
+    yield "layout", f"pp {plan.layout.pp} x dp {plan.layout.dp} x tp {plan.layout.tp}, {plan.schedule}, {plan.num_microbatches} microbatches, {config.layout.engine}"
+    yield "reason", plan.reason
+    for option in plan.options:
+        yield "option", str(option)
+
+
+def _seats(plan: Plan, atlas: Atlas) -> Iterator[tuple[str, str]]:
+    kept = node_bytes(plan, atlas)
+    for node in plan.nodes:
+        ranks = ", ".join(map(str, plan.ranks_on(node)))
+        yield f"node {node}", f"ranks {ranks}; {_mib(kept[node])} of state ({STATE_WORDS})"
+
+
+def _protection(config: Config, plan: Plan, atlas: Atlas) -> Iterator[tuple[str, str]]:
+    keeping = config.fault_tolerance
+    if keeping.every_steps == 0:
+        yield "snapshots", "none (fault_tolerance.every_steps=0)"
+        return
+    every = "as often as cost and failure rate suggest" if keeping.every_steps == "auto" else f"every {keeping.every_steps} steps"
+    yield "snapshots", f"{every}; any {plan.tolerate} of the nodes of a coding group may be lost"
+    size = max(keeping.group_size or len(plan.nodes), plan.tolerate + 1)
+    for line in limits(plan_groups(dict(plan.domains), tolerate=plan.tolerate, group_size=size), dict(plan.domains)):
+        yield "limit", line
+    budget = _budget(config, plan, atlas)
+    free = psutil.virtual_memory().available
+    for need in budget.values():
+        yield "memory", str(need)
+    if config.cluster.address == "local":
+        total = sum(need.total_bytes for need in budget.values())
+        yield "memory", f"{_mib(total)} in all, {_mib(free)} free on this machine, which emulates every node"
+        memory_budget.check(budget, {node: free // max(1, len(budget)) for node in budget})
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB" if math.isfinite(num_bytes) else "unlimited"

@@ -1,0 +1,249 @@
+"""Trainer: the loop of one rank, from the step it starts at to the step it is told to end at.
+
+    forward, backward -> report -> gate -> update -> snapshot begins -> row
+                          |         |                 |
+                          |         |                 copies in the background, during the next forward and backward
+                          |         waits only for that copy: the update is about to overwrite what it reads
+                          one all-reduce: loss, gradient norm, and what all ranks must agree on (stop? defer?)
+
+Everything that ranks decide together is computed by each of them from the sums of that one all-reduce, so they
+always agree, and a snapshot or a stop costs no collective of its own.
+
+Rule of this file: it trains. It does not know Ray, other generations, or why it is asked to stop.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from framework.faults import FaultInjector
+from parallel.engine import Engine
+
+
+class Feed(Protocol):
+    """The samples of every step, as a function of the step alone."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """tokens_BT and labels_BT (int64, -100 where ignored) of this rank's data-parallel share of a step (1-based)."""
+
+    def held_out(self) -> list[tuple[Tensor, Tensor]]:
+        """This rank's share of the held-out samples, as batches of equal shape on all ranks."""
+
+
+class Snapshots(Protocol):
+    """Where the state goes in the background (`fault_tolerance.snapshot`)."""
+
+    def ready(self) -> bool: ...
+
+    def begin(self, step: int, extra: dict[str, Any], tensors: dict[str, Tensor]) -> None: ...
+
+    def gate(self) -> float: ...
+
+    def cost_s(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """The numbers the loop needs. `tokens_per_step` is that of the global batch; `every_steps` 0 means never."""
+
+    num_steps: int
+    global_batch: int
+    tokens_per_step: int
+    grad_clip: float
+    eval_every: int
+    held_out_tokens: int
+    interval: Callable[[float, float], int]
+    max_skips: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a generation ended for this rank: `finished`, `stopped` (asked to, at a step boundary) or `diverged`."""
+
+    kind: str
+    step: int
+    val_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What all ranks know after a step's backward pass, equal on all of them."""
+
+    loss: float
+    grad_norm: float
+    stop: bool
+    defer: bool
+    snapshot_cost_s: float
+    step_time_s: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step may be applied."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Trainer:
+    """One rank's loop. `run` blocks; `request_stop`, `progress` and `abandon` may be called from other threads."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        feed: Feed,
+        learning_rate: Callable[[int], float],
+        snapshots: Snapshots | None,
+        faults: FaultInjector,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        num_ranks: int,
+        settings: TrainSettings,
+        emit: Callable[[dict[str, Any]], None],
+        mark: Callable[[int, str], None] = lambda step, phase: None,
+    ) -> None:
+        self._engine, self._feed, self._lr = engine, feed, learning_rate
+        self._snapshots, self._faults, self._settings = snapshots, faults, settings
+        self._sum, self._num_ranks, self._emit, self._mark = sum_over_ranks, num_ranks, emit, mark
+        self._stop = threading.Event()
+        self._pass_s = 0.0
+        self._last_step_s = 0.0
+        self._last_snapshot = -1
+        self._skips = 0
+        self.progress: tuple[int, str] = (0, "start")
+
+    def request_stop(self) -> None:
+        """Ask all ranks, through this one, to end at the next step boundary."""
+        self._stop.set()
+
+    def run(self, step: int) -> Outcome:
+        """Train from `step` optimizer steps taken to `num_steps`. Raises RuntimeError when a collective fails."""
+        self._snapshot(step, protect_now=True)
+        while step < self._settings.num_steps:
+            began = time.monotonic()
+            report = self._pass(step + 1)
+            if not report.finite and not self._redo_or_skip(step + 1, report):
+                return Outcome("diverged", step)
+            if report.finite:
+                self._update(step + 1, report)
+                self._skips = 0
+            step += 1
+            self._last_step_s = time.monotonic() - began
+            self._emit(self._row(step, report))
+            last = step == self._settings.num_steps or report.stop
+            if last or self._due(step, report):
+                self._take(step, report, last=last)
+            val_loss = self._evaluate(step)
+            if report.stop and step < self._settings.num_steps:
+                return Outcome("stopped", step, val_loss)
+        return Outcome("finished", step, self._evaluate(step, final=True))
+
+    def _pass(self, step: int) -> Report:
+        """Forward, backward and the one report all-reduce of a step."""
+        self._phase(step, "forward", expected_s=self._pass_s)
+        self._faults.at(step, "backward", expected_s=self._pass_s)
+        began = time.monotonic()
+        if self._faults.delay_s:
+            time.sleep(self._pass_s * max(0.0, self._faults.delay_s - 1) or 0.1)
+        tokens, labels = self._feed.batch(step)
+        loss = self._engine.forward_backward(tokens, labels, num_tokens=self._settings.tokens_per_step)
+        self._pass_s = time.monotonic() - began
+        self._phase(step, "report")
+        defer = self._snapshots is not None and not self._snapshots.ready()
+        cost = 0.0 if self._snapshots is None else self._snapshots.cost_s()
+        local = [float(self._stop.is_set()), float(defer), cost, self._last_step_s]
+        sums = torch.stack([loss.double(), self._engine.grad_square_sum().double()])
+        sums = torch.cat([sums, torch.tensor(local, dtype=torch.float64, device=sums.device)])
+        loss_sum, square_sum, stop, defer_sum, cost_sum, time_sum = self._sum(sums).tolist()
+        return Report(
+            loss=loss_sum / self._settings.tokens_per_step,
+            grad_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
+            stop=stop > 0,
+            defer=defer_sum > 0,
+            snapshot_cost_s=cost_sum / self._num_ranks,
+            step_time_s=time_sum / self._num_ranks,
+        )
+
+    def _redo_or_skip(self, step: int, report: Report) -> bool:
+        """Drop a step whose loss or gradient is not finite. False when too many came in a row.
+
+        The parameters are untouched: the update has not happened, so nothing needs to be rolled back.
+        """
+        self._skips += 1
+        self._engine.discard()
+        self._emit({"event": "trouble", "step": step, "kind": "nan", "reason": _skip_reason(report)})
+        return self._skips <= self._settings.max_skips
+
+    def _update(self, step: int, report: Report) -> None:
+        self._phase(step, "gate")
+        if self._snapshots is not None:
+            self._snapshots.gate()
+        self._phase(step, "optimizer")
+        clip = self._settings.grad_clip
+        scale = min(1.0, clip / (report.grad_norm + 1e-6)) if clip > 0 else 1.0
+        self._engine.update(step=step, lr=self._lr(step), grad_scale=scale)
+
+    def _due(self, step: int, report: Report) -> bool:
+        if self._snapshots is None:
+            return False
+        every = self._settings.interval(report.snapshot_cost_s, report.step_time_s)
+        return every > 0 and step - max(self._last_snapshot, 0) >= every
+
+    def _take(self, step: int, report: Report, *, last: bool) -> None:
+        if report.defer and not last:
+            self._emit({"event": "snapshot", "step": step, "skipped": True, "reason": "the one before is not protected"})
+            return
+        self._snapshot(step, protect_now=last)
+
+    def _snapshot(self, step: int, *, protect_now: bool) -> None:
+        """Begin a snapshot; `protect_now` waits first until there is room for it, and at the end of a run for its copy."""
+        if self._snapshots is None:
+            return
+        self._phase(step, "staging")
+        while protect_now and not self._snapshots.ready():
+            time.sleep(0.01)
+        samples = step * self._settings.global_batch
+        self._snapshots.begin(step, {"step": step, "samples": samples}, self._engine.state())
+        self._last_snapshot = step
+        self._faults.at(step, "encode")
+        self._faults.at(step, "transfer")
+
+    def _evaluate(self, step: int, *, final: bool = False) -> float | None:
+        every = self._settings.eval_every
+        due = final or (every > 0 and step % every == 0 and step < self._settings.num_steps)
+        if not due or self._settings.held_out_tokens == 0:
+            return None
+        self._phase(step, "evaluate")
+        total = torch.zeros((), dtype=torch.float64)
+        for tokens, labels in self._feed.held_out():
+            total = total + self._engine.evaluate(tokens, labels).double().cpu()
+        loss = self._sum(total.reshape(1)).item() / self._settings.held_out_tokens
+        self._emit({"event": "evaluation", "step": step, "val_loss": loss})
+        return float(loss)
+
+    def _phase(self, step: int, phase: str, *, expected_s: float = 0.0) -> None:
+        self.progress = (step, phase)
+        self._mark(step, phase)
+        self._faults.at(step, phase, expected_s=expected_s)
+
+    def _row(self, step: int, report: Report) -> dict[str, Any]:
+        settings = self._settings
+        return {
+            "step": step,
+            "loss": report.loss,
+            "grad_norm": report.grad_norm,
+            "lr": self._lr(step),
+            "tokens": step * settings.tokens_per_step,
+            "samples": [(step - 1) * settings.global_batch, step * settings.global_batch - 1],
+            "step_time_s": self._last_step_s,
+            "tokens_per_s": settings.tokens_per_step / self._last_step_s,
+        } | ({} if report.finite else {"skipped": True})
+
+
+def _skip_reason(report: Report) -> str:
+    return f"loss {report.loss}, gradient norm {report.grad_norm}: the update is left out, parameters are untouched"

@@ -1,0 +1,269 @@
+"""Worker: one rank's process, which outlives the plans it takes part in.
+
+    run (lane "train")   connect -> build -> restore -> train -> how it ended        blocks for a generation
+    poll, abort, request_stop, leave (lane "ctl")                                    answered meanwhile
+
+Between generations it keeps its process, imports and data. Whatever goes wrong inside a generation comes back as a
+value that says `how`: the controller decides, a worker never does. Only when the controller has been silent for too
+long does a worker act alone: it leaves its crew, so that a half of a split cluster cannot train on unnoticed.
+
+Rule of this file: one process. It has never heard of Ray, and of other ranks it knows the mesh.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fault_tolerance.interval import young_steps
+from framework.build import StepFeed, device_kind, make_engine, make_schedule, num_held_out, open_data
+from framework.config import Config, decode
+from framework.faults import FaultInjector
+from framework.incident import Recovery
+from framework.initial import InitialWeights
+from framework.plan import Plan
+from framework.restoring import RestoreFailed, restore
+from framework.staging import Staging
+from framework.trainer import Outcome, Trainer, TrainSettings
+from parallel.engine import Engine
+from parallel.mesh import Mesh
+
+LEASE_S = 45.0  # longer than a controller takes to be started again
+MAX_SAID = 10_000
+
+
+class Worker:
+    """Hosted in an actor; its methods are called by name."""
+
+    def __init__(self, *, config: dict[str, Any], run_id: str, secret: str, node: str, name: str) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        self._config: Config = decode(config)
+        self._run_id, self._secret, self._node, self._name = run_id, bytes.fromhex(secret), node, name
+        self._device = device_kind(self._config.cluster.device)
+        self._data = open_data(self._config)
+        self._stores: dict[tuple[str, int], dist.Store] = {}
+        self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=MAX_SAID)
+        self._number = 0
+        self._generation = 0
+        self._mesh: Mesh | None = None
+        self._trainer: Trainer | None = None
+        self._phase = "idle"
+        self._aborted = threading.Event()
+        self._done = threading.Event()
+        self._done.set()
+        self._heard = time.monotonic()
+        threading.Thread(target=self._watch_lease, daemon=True, name="lease").start()
+
+    # lane "ctl"
+
+    def poll(self, acked: int) -> dict[str, Any]:
+        """What this rank is doing, and what it has said since number `acked`."""
+        self._heard = time.monotonic()
+        while self._said and self._said[0][0] <= acked:
+            self._said.popleft()
+        trainer = self._trainer
+        progress = trainer.progress if trainer is not None else (0, self._phase)
+        return {"generation": self._generation, "progress": progress, "said": list(self._said)}
+
+    def request_stop(self, generation: int) -> None:
+        """End at the next step boundary, with all ranks."""
+        if generation == self._generation and self._trainer is not None:
+            self._trainer.request_stop()
+
+    def abort(self, generation: int) -> None:
+        """Throw this rank out of whatever it waits in. Later calls of the same generation do nothing more."""
+        if generation != self._generation:
+            return
+        self._aborted.set()
+        if self._mesh is not None:
+            self._mesh.sever()
+
+    def leave(self) -> bool:
+        """End whatever generation runs: at a step boundary if the crew still steps, by force if not. Blocks."""
+        if self._trainer is not None:
+            self._trainer.request_stop()
+        if not self._done.wait(30.0):
+            self.abort(self._generation)
+        return self._done.wait(15.0)
+
+    def close(self) -> None:
+        """The process is about to end."""
+        self.abort(self._generation)
+
+    # lane "train"
+
+    def run(self, order: dict[str, Any]) -> dict[str, Any]:
+        """One generation. Returns how it ended: `finished`, `stopped`, `diverged`, `collective`, `aborted`, `error`
+        or `restore_failed`, with evidence.
+        """
+        plan: Plan = order["plan"]
+        self._generation, self._phase = plan.generation, "connect"
+        self._said.clear()
+        self._number = 0
+        self._aborted.clear()
+        self._done.clear()
+        self._heard = time.monotonic()
+        _redirect(Path(self._config.run_dir) / "logs" / f"g{plan.generation:03d}_r{order['rank']:03d}_{self._name}.log")
+        try:
+            outcome = self._generation_of(plan, order)
+            return {"how": outcome.kind, "step": outcome.step, "val_loss": outcome.val_loss}
+        except RestoreFailed as error:
+            return {"how": "restore_failed", "evidence": str(error)}
+        except Exception as error:  # the one place where any failure of a generation becomes a value
+            traceback.print_exc()
+            return {"how": self._how(error), "evidence": _last_line(error)}
+        finally:
+            self._phase, self._trainer = "idle", None
+            self._done.set()
+
+    def _how(self, error: Exception) -> str:
+        if self._aborted.is_set():
+            return "aborted"
+        return "collective" if _is_collective(error) else "error"
+
+    def _generation_of(self, plan: Plan, order: dict[str, Any]) -> Outcome:
+        began = time.monotonic()
+        self._mesh = mesh = Mesh.connect(
+            self._store(order["store"]), rank=order["rank"], layout=plan.layout, generation=plan.generation, device=self._device
+        )
+        engine: Engine | None = None
+        staging: Staging | None = None
+        try:
+            connected = time.monotonic()
+            self._phase = "build"
+            engine = make_engine(self._config, mesh, schedule=plan.schedule, num_microbatches=plan.num_microbatches)
+            built = time.monotonic()
+            faults = self._faults(plan, order)
+            self._phase = "restore"
+            faults.recovering(order["reached"])
+            recovery = self._restore(engine, mesh, plan, order)
+            self._say({
+                "event": "restored",
+                "rank": order["rank"],
+                "recovery": Recovery(
+                    **recovery,
+                    connect_s=connected - began,
+                    build_s=built - connected,
+                    restore_s=time.monotonic() - built,
+                ),
+            })
+            staging = Staging.open(order, atlas=engine.atlas, run_id=self._run_id, secret=self._secret, device=mesh.device)
+            return self._train(engine, mesh, plan, faults, staging, start=recovery["step"], reporter=order["rank"] == 0)
+        finally:
+            self._phase = "close"
+            if staging is not None:
+                staging.close()
+            if engine is not None:
+                engine.close()
+            self._mesh = None
+            mesh.close()
+
+    def _restore(self, engine: Engine, mesh: Mesh, plan: Plan, order: dict[str, Any]) -> dict[str, Any]:
+        if plan.source.tier == "fresh":
+            from parallel.assemble import meta
+
+            from framework.build import model_builder
+
+            engine.initialise(InitialWeights(meta(model_builder(self._config)), seed=self._config.seed))
+            return {"tier": "fresh", "step": 0}
+        return restore(engine, mesh, plan, order, run_id=self._run_id, secret=self._secret)
+
+    def _train(
+        self, engine: Engine, mesh: Mesh, plan: Plan, faults: FaultInjector, staging: Staging, *, start: int, reporter: bool
+    ) -> Outcome:
+        config, layout = self._config, plan.layout
+        feed = StepFeed(
+            config, self._data, dp=layout.dp, dp_index=mesh.seat[1], num_microbatches=plan.num_microbatches
+        )
+        self._trainer = trainer = Trainer(
+            engine=engine,
+            feed=feed,
+            learning_rate=make_schedule(config).lr,
+            snapshots=staging if staging.active else None,
+            faults=faults,
+            sum_over_ranks=mesh.sum,
+            num_ranks=layout.world,
+            settings=self._settings(),
+            emit=(lambda item: self._say(item | {"generation": plan.generation, "layout": str(layout)}))
+            if reporter
+            else (lambda item: None),
+        )
+        try:
+            outcome = trainer.run(start)
+            if outcome.kind in ("finished", "stopped"):
+                staging.finish(outcome.step)
+            return outcome
+        finally:
+            feed.close()
+
+    def _settings(self) -> TrainSettings:
+        config = self._config
+        every, mtbf_s = config.fault_tolerance.every_steps, config.fault_tolerance.mtbf_hours * 3600
+        return TrainSettings(
+            num_steps=config.optim.num_steps,
+            global_batch=config.optim.global_batch,
+            tokens_per_step=config.optim.global_batch * config.data.seq_len,
+            grad_clip=config.optim.grad_clip,
+            eval_every=config.monitor.eval_every,
+            held_out_tokens=num_held_out(config, self._data) * config.data.seq_len,
+            interval=lambda cost_s, step_s: every if isinstance(every, int) else young_steps(cost_s, step_s, mtbf_s),
+            max_skips=config.detect.max_skips,
+        )
+
+    def _faults(self, plan: Plan, order: dict[str, Any]) -> FaultInjector:
+        rank = order["rank"]
+        return FaultInjector(
+            self._config.drill.faults,
+            directory=Path(self._config.run_dir) / "drill",
+            rank=rank,
+            node=self._node,
+            leads_node=plan.ranks_on(self._node)[0] == rank,
+            act=order.get("acts", {}),
+        )
+
+    def _store(self, address: tuple[str, int]) -> dist.Store:
+        """One client per controller for the life of the process: a new one per generation sometimes stalls for 5 s."""
+        if address not in self._stores:
+            self._stores[address] = dist.TCPStore(*address, None, False, timeout=timedelta(seconds=60))
+        return self._stores[address]
+
+    def _say(self, item: dict[str, Any]) -> None:
+        self._number += 1
+        self._said.append((self._number, item))
+
+    def _watch_lease(self) -> None:
+        while True:
+            time.sleep(1.0)
+            if not self._done.is_set() and time.monotonic() - self._heard > LEASE_S:
+                print(f"lease: no word from the controller for {LEASE_S:.0f} s; leaving the crew", flush=True)
+                self.abort(self._generation)
+
+
+def _is_collective(error: Exception) -> bool:
+    """Whether an error came out of communication, so that its cause is likely somewhere else."""
+    text = f"{type(error).__name__}: {error}"
+    words = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL", "Socket", "DistBackendError", "DistNetworkError", "DistStoreError", "Connection refused", "ProcessGroup")
+    return isinstance(error, (RuntimeError, OSError)) and any(word in text for word in words)
+
+
+def _last_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _redirect(path: Path) -> None:
+    """From now on what this process prints goes to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
