@@ -4,6 +4,10 @@
       └ PrefixStore "generation 7"     fences everything of other generations off
           └ default group, all ranks   └ init_device_mesh (pp, dp, tp): one group per axis
 
+The axes of the device mesh bear the generation in their names ("dp of 7"). DTensor caches what it works out about
+a mesh for the life of the process, and knows meshes apart by ranks and names only; without the number, a cache entry
+of an earlier generation, with its group *names*, would be taken for this one's, and ranks would talk in wrong groups.
+
 Connecting happens in two waits: first everybody arrives at the store (as long as `arrive_s`), then groups are made
 and from then on no operation waits longer than `timeout_s`. `sever` may be called from any thread, at any time: all that
 waits in a collective raises, so that the process can go on in another generation.
@@ -34,6 +38,7 @@ class Mesh:
     ) -> None:
         """Private: `ends` are the listeners of this rank and of its peers."""
         self.layout, self.rank, self.device, self.devices = layout, rank, device, devices
+        self._names = dict(zip(AXES, devices.mesh_dim_names or (), strict=True))
         self.seat = layout.seat(rank)
         self._mine, self._theirs = ends
         self._open = True
@@ -52,13 +57,14 @@ class Mesh:
         """Meet the other ranks of a generation and make the groups. Blocks until all are there.
 
         Raises RuntimeError (torch's) when somebody does not come within `arrive_s`, or fails while connecting.
-        A process has one mesh at a time: close the one before.
+        A process has one mesh at a time, close the one before; and no generation twice.
         """
         device = torch.device(device)
         place = dist.PrefixStore(f"generation {generation}", store)
         _arrive(place, "arrived", rank, layout.world, "", arrive_s)
         before = listeners()
-        devices = _make_groups(place, rank, layout, device, timedelta(seconds=timeout_s))
+        names = tuple(f"{axis} of {generation}" for axis in AXES)
+        devices = _make_groups(place, rank, layout, device, names, timedelta(seconds=timeout_s))
         mine = sorted(listeners() - before)
         try:
             everyone = _arrive(place, "listeners", rank, layout.world, json.dumps(mine), timeout_s)
@@ -70,11 +76,11 @@ class Mesh:
 
     def axis(self, name: str) -> DeviceMesh:
         """The one-dimensional mesh of this rank's peers along `pp`, `dp` or `tp`."""
-        return self.devices[name]
+        return self.devices[self._names[name]]
 
     def group(self, name: str) -> dist.ProcessGroup:
         """The process group of this rank's peers along `pp`, `dp` or `tp`."""
-        return self.devices.get_group(name)
+        return self.devices.get_group(self._names[name])
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in a new tensor on the mesh's device; equal bits on every rank."""
@@ -111,7 +117,7 @@ def _arrive(store: dist.Store, what: str, rank: int, world: int, value: str, wai
 
 
 def _make_groups(
-    store: dist.Store, rank: int, layout: Layout, device: torch.device, timeout: timedelta
+    store: dist.Store, rank: int, layout: Layout, device: torch.device, names: tuple[str, ...], timeout: timedelta
 ) -> DeviceMesh:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -121,8 +127,8 @@ def _make_groups(
         return init_device_mesh(
             device.type,
             (layout.pp, layout.dp, layout.tp),
-            mesh_dim_names=AXES,
-            backend_override={axis: (backend, _options(backend, timeout)) for axis in AXES},
+            mesh_dim_names=names,
+            backend_override={name: (backend, _options(backend, timeout)) for name in names},
         )
     except BaseException:
         dist.destroy_process_group()
