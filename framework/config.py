@@ -21,13 +21,13 @@ from framework.decoding import (
     Below1,
     Count,
     Fraction,
+    Keyed,
     NonNegative,
     PositiveFloat,
     PositiveInt,
+    Rest,
     Rule,
-    keyed,
-    rest,
-    via,
+    Via,
 )
 from framework.faults import Fault
 from framework.sources import Source
@@ -51,7 +51,7 @@ class ModelConfig:
     `vocab_size` None: that of the tokenizer. A larger one is padded with ids that never occur.
     """
 
-    target: str = keyed("_target_")
+    target: Annotated[str, Keyed("_target_")]
     vocab_size: PositiveInt | None
     num_layers: PositiveInt
     dim: PositiveInt
@@ -61,7 +61,7 @@ class ModelConfig:
     rope_theta: PositiveFloat
     norm_eps: PositiveFloat
     tie_embeddings: bool
-    extra: Mapping[str, Any] = rest()
+    extra: Annotated[Mapping[str, Any], Rest()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +230,7 @@ class Config:
     seed: Count
     resume: str | None
     model: ModelConfig
-    data: Source = via(_decode_source, sources.encode)
+    data: Annotated[Source, Via(_decode_source, sources.encode)]
     optim: OptimConfig
     layout: LayoutConfig
     cluster: ClusterConfig

@@ -2,8 +2,8 @@
 
     {"num_steps": -3}   +   num_steps: PositiveInt   ->   optim.num_steps: must be a positive integer, got -3; ...
 
-An `Annotated[T, Rule]` is a T that obeys the rule. A field may stand under another key (`keyed`), and one field may
-take every key that has no field (`rest`). Every refusal is a ValueError in one grammar:
+An `Annotated[T, Rule]` is a T that obeys the rule. Other marks: a field may stand under another key (`Keyed`), have a
+door of its own (`Via`), or take every key that has no field (`Rest`). Every refusal is a ValueError in one grammar:
 `<where>: <what must hold>, got <value>; <what to do>`.
 
 Rule of this file: it knows types, and no key of any config.
@@ -43,19 +43,24 @@ _PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 _EXAMPLE: dict[Any, object] = {bool: "true", int: 4, float: 1.5}
 
 
-def keyed(key: str) -> Any:
-    """A dataclass field that stands in the config under another name than its own."""
-    return dataclasses.field(metadata={"key": key})
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """Mark of a field that stands in the config under another key than its own name."""
+
+    key: str
 
 
-def rest() -> Any:
-    """A dataclass field that takes every key for which there is no other field."""
-    return dataclasses.field(metadata={"rest": True})
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """Mark of a field that takes every key for which there is no other field."""
 
 
-def via(decoder: Callable[[Any, str], Any], encoder: Callable[[Any], Any]) -> Any:
-    """A dataclass field with a door of its own: `decoder(value, where)` and its inverse."""
-    return dataclasses.field(metadata={"decode": decoder, "encode": encoder})
+@dataclass(frozen=True, slots=True)
+class Via:
+    """Mark of a field with a door of its own: `decode(value, where)` and its inverse."""
+
+    decode: Callable[[Any, str], Any]
+    encode: Callable[[Any], Any]
 
 
 def decode(kind: type[T], value: object, where: str) -> T:
@@ -68,20 +73,16 @@ def encode(value: Any) -> Any:
     """The inverse of `decode`: dataclasses to dicts under their config keys, tuples to lists."""
     if dataclasses.is_dataclass(value):
         plain: dict[str, Any] = {}
-        for field in dataclasses.fields(value):
-            item = field.metadata.get("encode", encode)(getattr(value, field.name))
-            plain |= item if "rest" in field.metadata else {key_of(field): item}
+        for entry in _entries(type(value)):
+            item = getattr(value, entry.name)
+            item = entry.via.encode(item) if entry.via is not None else encode(item)
+            plain |= item if entry.rest else {entry.key: item}
         return plain
     if isinstance(value, Mapping):
         return {key: encode(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [encode(item) for item in value]
     return value
-
-
-def key_of(field: dataclasses.Field[Any]) -> str:
-    """The config key of a dataclass field."""
-    return str(field.metadata.get("key", field.name))
 
 
 def dotted(where: str, key: object) -> str:
@@ -106,22 +107,47 @@ def show(value: object) -> str:
     return repr(value)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A field of a dataclass, as the config sees it."""
+
+    name: str
+    key: str
+    hint: Any
+    rest: bool
+    via: Via | None
+    required: bool
+
+
+@functools.cache
+def _entries(kind: Any) -> tuple[_Entry, ...]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return tuple(_entry(field, hints[field.name]) for field in dataclasses.fields(kind))
+
+
+def _entry(field: dataclasses.Field[Any], hint: Any) -> _Entry:
+    marks = typing.get_args(hint)[1:] if typing.get_origin(hint) is Annotated else ()
+    key = next((mark.key for mark in marks if isinstance(mark, Keyed)), field.name)
+    via = next((mark for mark in marks if isinstance(mark, Via)), None)
+    is_rest = any(isinstance(mark, Rest) for mark in marks)
+    return _Entry(field.name, key, hint, is_rest, via, field.default is dataclasses.MISSING)
+
+
 def _dataclass(kind: Any, value: object, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where or 'config'}: must be a group of keys, got {show(value)}; see configs/")
-    hints = typing.get_type_hints(kind, include_extras=True)
-    fields = {key_of(f): f for f in dataclasses.fields(kind) if "rest" not in f.metadata}
-    spare = {key: item for key, item in value.items() if key not in fields}
-    catch_all = next((f.name for f in dataclasses.fields(kind) if "rest" in f.metadata), None)
+    entries = {entry.key: entry for entry in _entries(kind) if not entry.rest}
+    spare = {key: item for key, item in value.items() if key not in entries}
+    catch_all = next((entry.name for entry in _entries(kind) if entry.rest), None)
     if spare and catch_all is None:
-        raise unknown(where, next(iter(spare)), fields)
+        raise unknown(where, next(iter(spare)), entries)
     found: dict[str, Any] = {} if catch_all is None else {catch_all: spare}
-    for key, field in fields.items():
+    for key, entry in entries.items():
         if key in value:
-            decoder = field.metadata.get("decode", functools.partial(_value, hints[field.name]))
-            found[field.name] = decoder(value[key], dotted(where, key))
-        elif field.default is dataclasses.MISSING:
-            raise ValueError(f"{dotted(where, key)}: must be given, got nothing; {_hint(hints[field.name], where, key)}")
+            decoder = entry.via.decode if entry.via is not None else functools.partial(_value, entry.hint)
+            found[entry.name] = decoder(value[key], dotted(where, key))
+        elif entry.required:
+            raise ValueError(f"{dotted(where, key)}: must be given, got nothing; {_hint(entry.hint, where, key)}")
     return _construct(kind, found, where)
 
 
@@ -149,11 +175,15 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _mapping(hint, value, where)
     if hint is Any:
         return value
-    base, rule = (args[0], args[1]) if origin is Annotated else (hint, None)
+    base, rule = (args[0], _rule(hint)) if origin is Annotated else (hint, None)
     plain = _scalar(base, value)
     if plain is None or (rule is not None and not rule.holds(plain)):
         raise _refusal(hint, value, where)
     return plain
+
+
+def _rule(hint: Any) -> Rule | None:
+    return next((mark for mark in typing.get_args(hint)[1:] if isinstance(mark, Rule)), None)
 
 
 def _scalar(base: type, value: Any) -> Any:
@@ -216,7 +246,8 @@ def _says(hint: Any) -> str:
     """An annotation in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return str(args[1].says)
+        rule = _rule(hint)
+        return rule.says if rule is not None else _says(args[0])
     if origin in (Union, types.UnionType):
         return " or ".join(_says(arg) for arg in args)
     if origin is Literal:
@@ -232,7 +263,8 @@ def _example(hint: Any) -> object | None:
     """A value that the annotation admits, or None if there is no telling one."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return args[1].example  # type: ignore[no-any-return]
+        rule = _rule(hint)
+        return rule.example if rule is not None else _example(args[0])
     if origin in (Union, types.UnionType, Literal):
         return _example(args[0]) if origin is not Literal else args[0]
     return _EXAMPLE.get(hint)

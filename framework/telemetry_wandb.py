@@ -43,8 +43,8 @@ class WandbSink:
         config: Mapping[str, Any],
     ) -> None:
         self._log = Path(directory) / "logs" / "wandb.log"
-        self._first = {"dir": str(Path(directory).resolve()), "id": run_id, "mode": mode, "project": project}
-        self._first |= {"name": name, "entity": entity, "config": dict(config)}
+        where = {"dir": str(Path(directory).resolve()), "id": run_id, "mode": mode, "project": project}
+        self._first: dict[str, Any] = where | {"name": name, "entity": entity, "config": dict(config)}
         self._child: subprocess.Popen[bytes] | None = None
 
     def open(self) -> None:

@@ -102,8 +102,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     strange = _unknown_key(overrides)
     if strange is not None:
         return str(strange)
-    key = getattr(error, "full_key", None)
-    return f"{key}: {first}; see configs/" if key else f"config: {first}; see holdfast train --help"
+    place = getattr(error, "full_key", None)
+    return f"{place}: {first}; see configs/" if place else f"config: {first}; see holdfast train --help"
 
 
 def _no_such_option(error: MissingConfigException) -> str:

@@ -73,7 +73,7 @@ def test_the_summary_is_replaced_whole(tmp_path):
     run.write_summary({"status": "failed", "incidents": [{"nodes": ("node1",)}]})
     run.write_summary({"status": "finished"})
     assert run_dir.summary(tmp_path) == {"status": "finished"}
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_identity_of_a_run_is_made_once_and_may_be_inherited(tmp_path):
