@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,7 +96,7 @@ def choose(backend: str | None = None) -> tuple[str, str]:
 
 def as_bytes(buffer: BytesLike) -> Bytes:
     """The same memory as a flat byte array. Raises ValueError if it is not contiguous."""
-    view = memoryview(buffer)
+    view = memoryview(cast("Buffer", buffer))
     if not view.c_contiguous:
         raise ValueError(f"codec: a buffer must be contiguous, got shape {view.shape} with strides {view.strides}")
     return np.frombuffer(view, np.uint8) if view.nbytes else np.empty(0, np.uint8)

@@ -84,7 +84,7 @@ def inverse(matrix: Bytes) -> Bytes:
 
 
 def recovery(k: int, m: int, present: Sequence[int], wanted: Sequence[int]) -> tuple[tuple[int, ...], Bytes]:
-    """(sources, matrix): which k of the `present` blocks to read, and the (wanted, k) matrix that makes the wanted ones.
+    """(sources, matrix): which k of the `present` blocks to read, and the (wanted, k) matrix that makes the wanted.
 
     Data blocks are preferred as sources, then the lowest parities, so that one lost data block is a plain XOR. Only
     a matrix as large as the number of lost data blocks is inverted. Raises ValueError with fewer than k present.
@@ -121,7 +121,7 @@ def combine(matrix: Bytes, sources: Sequence[Bytes], outputs: Sequence[Bytes]) -
 
 
 def _row(row: Bytes, parts: Sequence[Bytes], output: Bytes, total: NDArray[Any], spare: NDArray[Any]) -> None:
-    """One output slice, from the highest bit of the coefficients to the lowest: total = total * x + (sources with the bit)."""
+    """One output slice, from the highest bit of the coefficients down: total = total * x + (sources with the bit)."""
     words = -(-len(output) // 8)
     total, spare = total[:words], spare[:words]
     total[:] = 0

@@ -16,7 +16,7 @@ Groups follow failure domains: nodes are dealt out domain by domain, so that two
 if the domain has more nodes than there are groups; then `limits` says what that costs.
 
 Rule of this file: names and integers. No bytes, no processes.
-Source: rotated parity as in RAID-5 (Patterson et al., SIGMOD 1988) and REFT's RAIM5 (arXiv 2310.12670), with m parities.
+Source: rotated parity as in RAID-5 (Patterson et al., SIGMOD 1988) and REFT's RAIM5 (arXiv 2310.12670), but m of it.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Group:
         return block if block < self.k else None
 
     def stripe_of(self, node: str, block: int) -> int:
-        """The stripe of the node's data block; the inverse of `block_of`. Raises ValueError if there is no such block."""
+        """The stripe of a node's data block; the inverse of `block_of`. Raises ValueError if there is no such one."""
         if not 0 <= block < self.k:
             raise ValueError(f"stripe_of: a node's block must be in 0..{self.k - 1}, got {block}")
         return (self._seat(node) - self.m - block) % len(self.nodes)
@@ -92,7 +92,7 @@ class Group:
         return tuple(((seat - number) % len(self.nodes), number) for number in range(self.m))
 
     def block_bytes(self, node_bytes: Mapping[str, int]) -> int:
-        """Length of every block of the group: the largest node's k-th part, rounded up to 64; short nodes pad with zeros."""
+        """Length of every block: the largest node's k-th part, rounded up to 64; smaller nodes pad with zeros."""
         largest = max(node_bytes[node] for node in self.nodes)
         return -(-largest // (self.k * BLOCK_ALIGNMENT)) * BLOCK_ALIGNMENT
 
@@ -125,7 +125,7 @@ def plan_groups(nodes: Mapping[str, str | None], *, tolerate: int, group_size: i
 
 
 def num_groups(nodes: Mapping[str, str | None], *, tolerate: int, group_size: int) -> int:
-    """Enough groups for `group_size`, and to spread every domain: best one node per group, else `tolerate` per group."""
+    """Enough groups for `group_size` and to spread each domain: one node per group, else `tolerate` per group."""
     least, most = -(-len(nodes) // group_size), len(nodes) // (tolerate + 1)
     if tolerate == 0:
         return least
@@ -188,7 +188,8 @@ def _limits(groups: Sequence[Group], domains: Mapping[str, str | None]) -> Itera
             ((group, len(members[name].intersection(group.nodes))) for group in groups), key=lambda pair: pair[1]
         )
         if shared > worst.m:
-            yield f"losing domain {name!r} is not survived: {shared} of its nodes share a group that tolerates {worst.m}"
+            together = f"{shared} of its nodes share a group that tolerates {worst.m}"
+            yield f"losing domain {name!r} is not survived: {together}"
         elif shared > 1:
             yield f"domain {name!r} has {shared} nodes in one group: its loss uses up {shared} of {worst.m} tolerated"
 
