@@ -70,12 +70,18 @@ def passages(source: Source) -> Iterator[Passage]:
         yield from map(Passage, _huggingface(source))
         return
     for name, path in files(source):
-        if isinstance(source, ParquetSource):
-            yield from map(Passage, _parquet(path, name, source.text_key))
-        elif isinstance(source, JsonlSource):
-            yield from map(Passage, _jsonl(path, name, source.text_key))
-        else:
-            yield from _text(path)
+        try:
+            yield from _of_file(source, name, path)
+        except OSError as error:
+            raise ValueError(f"data.path: {name} must be readable, got {error}; mend or remove it") from error
+
+
+def _of_file(source: Source, name: str, path: Path) -> Iterator[Passage]:
+    if isinstance(source, ParquetSource):
+        return map(Passage, _parquet(path, name, source.text_key))
+    if isinstance(source, JsonlSource):
+        return map(Passage, _jsonl(path, name, source.text_key))
+    return _text(path)
 
 
 def _named(source: TextSource) -> tuple[Path, list[Path]]:
@@ -84,16 +90,17 @@ def _named(source: TextSource) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     suffixes = _SUFFIXES.get(source.kind)
     if path.is_dir():
-        found = [p for p in _below(path) if (p.name.endswith(suffixes) if suffixes else not _binary(p))]
-        if not found:
+        below = [p for p in _below(path) if (p.name.endswith(suffixes) if suffixes else not _binary(p))]
+        if not below:
             kinds = " or ".join(suffixes) if suffixes else "text"
             raise ValueError(f"data.path: must hold {kinds} files, got {source.path!r}; it has none, at any depth")
-        return path, found
-    matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(p)]
+        return path, below
+    found = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207  (Path.glob refuses absolute ones)
+    matches = [p for p in found if p.is_file()]
     if not matches:
         raise ValueError(
             f"data.path: no such file or folder, got {source.path!r}; "
-            f"give a file, a folder or a glob (relative paths start at {os.getcwd()})"
+            f"give a file, a folder or a glob (relative paths start at {Path.cwd()})"
         )
     return Path(os.path.commonpath([p.parent for p in matches])), matches
 
@@ -102,7 +109,8 @@ def _below(root: Path, skipped: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Regular files at any depth, without hidden ones."""
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
-        yield from (Path(folder, n) for n in names if not n.startswith(".") and os.path.isfile(Path(folder, n)))
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())
 
 
 def _binary(path: Path) -> bool:

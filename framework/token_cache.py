@@ -87,7 +87,7 @@ def _open(folder: Path) -> TokenFile | None:
             return None
         tokens = np.memmap(folder / "tokens.bin", dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
         return TokenFile(tokens, facts["num_documents"], facts["digest"])
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return None
 
 

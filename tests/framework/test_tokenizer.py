@@ -63,7 +63,9 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_spelling(tokenizer_jso
 
 
 def test_a_missing_or_broken_tokenizer_is_explained(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.tokenizer: must be `bytes` or a local tokenizer.json.*there is no file"):
+    with pytest.raises(
+        ValueError, match=r"data.tokenizer: must be `bytes` or a local tokenizer.json.*there is no file"
+    ):
         open_tokenizer("gpt2")
     (tmp_path / "tokenizer.json").write_text("{}")
     pytest.importorskip("tokenizers")
