@@ -34,22 +34,16 @@ class Slot:
 class AdamW:
     """The update rule over a rank's slots. It has no state beside the slots: the step number comes with each call."""
 
-    def __init__(
-        self, slots: Sequence[Slot], *, betas: tuple[float, float], eps: float, weight_decay: float
-    ) -> None:
+    def __init__(self, slots: Sequence[Slot], *, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
         self._slots = [slot for slot in slots if slot.param.numel()]
         groups = [
             {"params": [s.param for s in self._slots if s.decays is decays], "weight_decay": weight_decay * decays}
             for decays in (True, False)
         ]
         groups = [group for group in groups if group["params"]]
-        self._torch = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True) if groups else None
-        for slot in self._slots if self._torch is not None else ():
-            self._torch.state[slot.param] = {
-                "step": torch.zeros((), dtype=torch.float32, device=slot.param.device),
-                "exp_avg": slot.exp_avg,
-                "exp_avg_sq": slot.exp_avg_sq,
-            }
+        self._torch: torch.optim.AdamW | None = None
+        if groups:
+            self._torch = _with_moments(torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True), self._slots)
 
     def update(self, gradients: dict[int, Tensor], *, step: int, lr: float) -> None:
         """Take optimizer step number `step` (1-based). `gradients` by `id` of the slot's param; a missing one is zero."""
@@ -63,3 +57,14 @@ class AdamW:
             self._torch.state[slot.param]["step"].fill_(step - 1)
         self._torch.step()
         self._torch.zero_grad(set_to_none=True)
+
+
+def _with_moments(optimizer: torch.optim.AdamW, slots: Sequence[Slot]) -> torch.optim.AdamW:
+    """Let it find the slots' moments where it would make its own on the first step."""
+    for slot in slots:
+        optimizer.state[slot.param] = {
+            "step": torch.zeros((), dtype=torch.float32, device=slot.param.device),
+            "exp_avg": slot.exp_avg,
+            "exp_avg_sq": slot.exp_avg_sq,
+        }
+    return optimizer

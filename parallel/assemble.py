@@ -13,29 +13,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from parallel.checks import Wrapping
 from parallel.contract import HasBuffers, unit_of
 from parallel.data import needs_fsdp, shard_unit
 from parallel.mesh import Mesh
 from parallel.specs import Tie
 from parallel.tensor import apply_tensor_parallel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wrapping:
-    """What is wrapped around each layer. See `checks.py` for which go together."""
-
-    precision: str = "fp32"
-    sequence_parallel: bool = True
-    reshard_after_forward: bool = False
-    activation_checkpointing: bool = False
-    compile: bool = False
 
 
 def assemble_stage(
@@ -125,8 +114,14 @@ def _zeros(like: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _wrap_layer(layer: nn.Module, wrapping: Wrapping) -> None:
-    """Both replace the layer's call in place, so that no parameter changes its name."""
-    if wrapping.activation_checkpointing:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+    """Both replace the layer's forward in place, so that no parameter changes its name.
+
+    Checkpointing goes around the compiled forward: compiled the other way round, torch quietly runs it uncompiled.
+    """
+    forward = layer.forward
     if wrapping.compile:
-        layer.compile()
+        forward = torch.compile(forward)
+    if wrapping.activation_checkpointing:
+        forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    if wrapping.compile or wrapping.activation_checkpointing:
+        layer.forward = forward  # type: ignore[method-assign]

@@ -89,7 +89,7 @@ class Atlas:
 
     def holders(self, spec: TensorSpec, rank: int) -> Sequence[int]:
         """The ranks, ascending, that hold the same box of this tensor as `rank` does."""
-        pp, dp, tp = self.layout.seat(rank)
+        _, dp, tp = self.layout.seat(rank)
         stages = [p for p in range(self.layout.pp) if not self.units(p).isdisjoint(spec.units)]
         peers = range(self.layout.tp) if spec.tp_dim is None else (tp,)
         replicas = range(self.layout.dp) if not spec.shape else (dp,)

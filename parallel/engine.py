@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.adamw import AdamW, Slot
-from parallel.assemble import Wrapping, assemble_stage, meta
+from parallel.assemble import assemble_stage, meta
 from parallel.atlas import Atlas, TensorSpec
 from parallel.boxes import Box
+from parallel.checks import ModelNumbers, Wrapping, check
 from parallel.contract import check_model
 from parallel.data import PRECISIONS
 from parallel.mesh import Mesh
 from parallel.pipeline import Accumulation, Pipeline, Runner
-from parallel.specs import state_specs, ties
+from parallel.specs import Tie, state_specs, ties
 from parallel.stages import num_stages, stages_of_rank, units_of_stage
 
 Weights = Callable[[str, tuple[int, ...], Box], Tensor]
@@ -72,7 +73,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How to train. `checks.check` says which values go together; here they are taken as checked."""
+    """How to train. `checks.check` says which values go together."""
 
     schedule: str = "1f1b"
     num_microbatches: int = 1
@@ -100,11 +101,18 @@ class FsdpEngine:
     def __init__(self, build: Callable[[], nn.Module], *, mesh: Mesh, options: EngineOptions) -> None:
         """`build` makes the whole model; it is called on the meta device.
 
-        Raises ValueError if the model breaks its contract.
+        Raises ValueError if the model breaks its contract, or does not go together with layout and options.
         """
         whole = meta(build)
         layout = mesh.layout
         check_model(whole, tp=layout.tp)
+        check(
+            _numbers(whole),
+            layout=layout,
+            schedule=options.schedule,
+            num_microbatches=options.num_microbatches,
+            wrapping=options.wrapping,
+        )
         self._mesh, self._options = mesh, options
         self.atlas = Atlas(state_specs(whole), layout, options.schedule, len(whole.layers))  # type: ignore[arg-type]
         self._aliases = {tie.alias: tie.name for tie in ties(whole)}
@@ -153,9 +161,8 @@ class FsdpEngine:
 
     def state(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        kinds = {"param": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
         return {
-            piece.tensor: getattr(self._slots[name], kinds[kind])
+            piece.tensor: getattr(self._slots[name], kind)
             for piece in self.atlas.held(self._mesh.rank)
             for kind, _, name in [piece.tensor.partition("/")]
         }
@@ -185,7 +192,7 @@ class FsdpEngine:
         self._slots.clear()
         del self._runner, self._adamw
 
-    def _assemble(self, build: Callable[[], nn.Module], tied: tuple) -> dict[int, nn.Module]:
+    def _assemble(self, build: Callable[[], nn.Module], tied: tuple[Tie, ...]) -> dict[int, nn.Module]:
         layout, schedule = self._mesh.layout, self._options.schedule
         count = num_stages(schedule, layout.pp)
         return {
@@ -290,8 +297,18 @@ class FsdpEngine:
                 _local(copy).copy_(_local(leaf.parameter))
 
 
+def _numbers(whole: nn.Module) -> ModelNumbers:
+    table = getattr(whole.embed, "weight", None)
+    return ModelNumbers(
+        num_layers=len(whole.layers),  # type: ignore[arg-type]
+        vocab_size=None if table is None else table.shape[0],
+        num_heads=getattr(whole, "num_heads", None),
+        num_kv_heads=getattr(whole, "num_kv_heads", None),
+    )
+
+
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach()._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor._local_tensor.detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _slot(leaf: _Leaf) -> Slot:

@@ -21,9 +21,7 @@ IGNORED = -100
 
 def summed_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Sum over all labels but -100, in nats, fp32, on every tensor-parallel rank. Call inside `vocabulary_parallel`."""
-    loss = cross_entropy(
-        logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    loss = cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
     return loss.to_local() if isinstance(loss, DTensor) else loss
 
 

@@ -24,6 +24,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Backend, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.layout import AXES, Layout
@@ -34,7 +35,13 @@ class Mesh:
     """The connected ranks of one generation, as rank `rank` sees them. Made by `connect`."""
 
     def __init__(
-        self, *, layout: Layout, rank: int, device: torch.device, devices: DeviceMesh, ends: tuple[set[Address], set[Address]]
+        self,
+        *,
+        layout: Layout,
+        rank: int,
+        device: torch.device,
+        devices: DeviceMesh,
+        ends: tuple[set[Address], set[Address]],
     ) -> None:
         """Private: `ends` are the listeners of this rank and of its peers."""
         self.layout, self.rank, self.device, self.devices = layout, rank, device, devices
@@ -45,7 +52,7 @@ class Mesh:
 
     @staticmethod
     def connect(
-        store: dist.Store,
+        store: Store,
         *,
         rank: int,
         layout: Layout,
@@ -60,7 +67,7 @@ class Mesh:
         A process has one mesh at a time, close the one before; and no generation twice.
         """
         device = torch.device(device)
-        place = dist.PrefixStore(f"generation {generation}", store)
+        place = PrefixStore(f"generation {generation}", store)
         _arrive(place, "arrived", rank, layout.world, "", arrive_s)
         before = listeners()
         names = tuple(f"{axis} of {generation}" for axis in AXES)
@@ -108,7 +115,7 @@ class Mesh:
         gc.collect()
 
 
-def _arrive(store: dist.Store, what: str, rank: int, world: int, value: str, wait_s: float) -> list[str]:
+def _arrive(store: Store, what: str, rank: int, world: int, value: str, wait_s: float) -> list[str]:
     """Leave a value for the others, wait until all have, and return theirs by rank."""
     store.set(f"{what}/{rank}", value)
     keys = [f"{what}/{peer}" for peer in range(world)]
@@ -117,7 +124,7 @@ def _arrive(store: dist.Store, what: str, rank: int, world: int, value: str, wai
 
 
 def _make_groups(
-    store: dist.Store, rank: int, layout: Layout, device: torch.device, names: tuple[str, ...], timeout: timedelta
+    store: Store, rank: int, layout: Layout, device: torch.device, names: tuple[str, ...], timeout: timedelta
 ) -> DeviceMesh:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
@@ -135,8 +142,12 @@ def _make_groups(
         raise
 
 
-def _options(backend: str, timeout: timedelta) -> dist.ProcessGroup.Options:
+def _options(backend: str, timeout: timedelta) -> Backend.Options:
     """Without these, groups of an axis wait for 30 minutes, whatever the default group's timeout is (torch 2.13)."""
-    options = dist.ProcessGroupNCCL.Options() if backend == "nccl" else dist.ProcessGroupGloo._Options()
+    options: Backend.Options
+    if backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+    else:
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     return options

@@ -179,8 +179,12 @@ class _Trained:
         self._num_tokens, self._sums = num_tokens, []
         inputs = (torch.cat(tokens),) if self._first else ()
         target = torch.cat(labels) if self._last else None
-        with vocabulary_parallel():
-            self._schedule.step(*inputs, target=target, return_outputs=False)
+        try:
+            with vocabulary_parallel():
+                self._schedule.step(*inputs, target=target, return_outputs=False)
+        except RuntimeError as error:
+            # Torch wraps what a stage raised in a text about the stage; whoever judges it needs what was raised.
+            raise (error.__cause__ or error) from None
         sums, self._sums = self._sums, []
         return sums
 

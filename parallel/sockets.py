@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 Address = tuple[str, int]
 
@@ -32,10 +33,10 @@ def _borrowed(descriptor: int) -> Iterator[socket.socket]:
 
 
 def _descriptors() -> Iterator[int]:
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
-                yield int(entry)
+            if str(entry.readlink()).startswith("socket:"):
+                yield int(entry.name)
 
 
 def _address(name: tuple[object, ...]) -> Address:

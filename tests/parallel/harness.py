@@ -19,7 +19,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.parallel.ranks"])
@@ -31,7 +31,7 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         self.generation = 0
-        self._store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        self._store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         self._workers: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -92,12 +92,13 @@ class Pool:
 
 
 def _serve(pipe: Connection, port: int) -> None:
-    store = dist.TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
     while True:
         try:
             function, rank, generation, arguments = pipe.recv()
         except EOFError:
             return
+        answer: tuple[str | None, Any]
         try:
             answer = (None, function(store, rank, generation, *arguments))
         except BaseException:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import functools
+import threading
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed
 import torch.distributed.pipelining  # noqa: F401  loaded before the fork
+from torch._C._distributed_c10d import Store
 from torch.distributed.tensor import DTensor
 
 from framework.initial import InitialWeights
 from framework.model import Decoder
-from parallel.assemble import Wrapping, meta
+from parallel.assemble import meta
+from parallel.checks import Wrapping
 from parallel.engine import EngineOptions, FsdpEngine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -107,7 +111,7 @@ def step_once(job: Job, mesh: Mesh, engine: FsdpEngine, step: int) -> tuple[floa
     return float(sums[0]) / num_tokens, norm
 
 
-def train(store: dist.Store, rank: int, generation: int, job: Job) -> Trained:
+def train(store: Store, rank: int, generation: int, job: Job) -> Trained:
     """Train a job from its first weights."""
     mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
     engine = engine_for(job, mesh)
@@ -121,7 +125,7 @@ def train(store: dist.Store, rank: int, generation: int, job: Job) -> Trained:
     return Trained([loss for loss, _ in rows], [norm for _, norm in rows], val, pieces)
 
 
-def what_dtensor_holds(store: dist.Store, rank: int, generation: int, job: Job) -> list[str]:
+def what_dtensor_holds(store: Store, rank: int, generation: int, job: Job) -> list[str]:
     """Compare `atlas.held` with the offsets and shapes that torch itself computes. Returns the differences."""
     mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
     engine = engine_for(job, mesh)
@@ -132,7 +136,9 @@ def what_dtensor_holds(store: dist.Store, rank: int, generation: int, job: Job) 
             start, shape = _offsets(parameter)
             if 0 not in shape:
                 found[f"param/{engine._aliases.get(name, name)}"] = (start, shape)
-    differences = [f"{k}: {said.get(k)} {found.get(k)}" for k in said.keys() | found.keys() if said.get(k) != found.get(k)]
+    differences = [
+        f"{k}: {said.get(k)} {found.get(k)}" for k in said.keys() | found.keys() if said.get(k) != found.get(k)
+    ]
     differences += [
         f"{name}: {tuple(tensor.shape)} {said['param/' + name.partition('/')[2]]}"
         for name, tensor in engine.state().items()
@@ -151,8 +157,49 @@ def _offsets(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]
         return (0,) * parameter.ndim, tuple(parameter.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     assert tuple(parameter.to_local().shape) == tuple(shape)
     return tuple(offset), tuple(shape)
+
+
+@dataclass(frozen=True)
+class Survived:
+    """What a survivor says: seconds from being severed to being out of the collective, and what it trained after."""
+
+    error: str
+    out_s: float
+    after: Trained
+
+
+def survive(store: Store, rank: int, generation: int, job: Job, lost: tuple[int, ...], after: Job) -> Survived:
+    """Train forever until severed, then connect with the survivors under another layout and train there."""
+    mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=8)
+    severed = _sever_on_request(store, mesh, f"sever {generation}")
+    error = _train_until_it_fails(store, rank, generation, job, mesh)
+    severed.join(30)
+    out_s = time.time() - float(store.get(f"sever {generation}").decode())
+    mesh.close()
+    survivors = [r for r in range(Layout.parse(job.layout).world) if r not in lost]
+    return Survived(error, out_s, train(store, survivors.index(rank), generation + 1_000_000, after))
+
+
+def _train_until_it_fails(store: Store, rank: int, generation: int, job: Job, mesh: Mesh) -> str:
+    engine = engine_for(job, mesh)
+    try:
+        for step in range(1, 1_000_000):
+            step_once(job, mesh, engine, step)
+            store.set(f"steps {generation} {rank}", str(step))
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing failed"
+
+
+def _sever_on_request(store: Store, mesh: Mesh, key: str) -> threading.Thread:
+    def watch() -> None:
+        while not store.check([key]):
+            time.sleep(0.02)
+        mesh.sever()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
