@@ -14,7 +14,6 @@ instead of converted after the save: ByteCheckpoint (NSDI 2025).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from fault_tolerance.buffers import Array, Bytes, array_view, byte_view, item_bytes
+from fault_tolerance.buffers import Array, array_view, item_bytes
 from fault_tolerance.digest import StateHasher
 from fault_tolerance.index import Index, ShardEntry, check_tiling, dump, load
-from fault_tolerance.reads import Read, needed_bytes, plan_reads
+from fault_tolerance.loading import load_group
+from fault_tolerance.reads import groups, needed_bytes, plan_reads
 from fault_tolerance.storage import Storage, StorageError, open_storage
-from fault_tolerance.verify import CheckpointDamaged, Damage, compare_units, verify_shard
+from fault_tolerance.verify import Damage, DamageError, verify_shard
 from parallel.atlas import Piece, TensorSpec
 from parallel.boxes import Box
 
@@ -36,11 +36,11 @@ INDEX = "index.json"
 
 @dataclass(frozen=True, slots=True)
 class ReadStats:
-    """What a load cost: bytes that the pieces have, bytes read from files for them (hashes included), reads made."""
+    """What a load cost: bytes that the pieces have, bytes read for them (hashes included), requests made."""
 
     bytes_needed: int
     bytes_read: int
-    reads: int
+    requests: int
 
 
 def commit(
@@ -104,7 +104,7 @@ class Checkpoint:
     def read_into(self, wanted: Mapping[Piece, Any], *, threads: int | None = None) -> ReadStats:
         """Fill every buffer (torch tensor, numpy array, memoryview; contiguous, of the stored dtype) with its piece.
 
-        Reads only the units that the boxes touch, and verifies each. Raises CheckpointDamaged, StorageError, and
+        Reads only the units that the boxes touch, and verifies each. Raises DamageError, StorageError, and
         ValueError for a piece that is not in the checkpoint or a buffer that does not fit; buffers are then undefined.
         """
         reads = plan_reads(self.index, wanted)
@@ -114,11 +114,12 @@ class Checkpoint:
         }
         workers = threads if threads is not None else 4 if self._storage.local else 16
         with ThreadPoolExecutor(workers) as pool:
-            done = list(pool.map(lambda read: self._fetch(read, arrays[read.piece]), reads))
-        damages = [damage for _, found in done for damage in found]
+            loads = list(pool.map(lambda group: load_group(self._storage, group, arrays), groups(reads)))
+        damages = [damage for load in loads for damage in load.damages]
         if damages:
-            raise CheckpointDamaged(damages)
-        return ReadStats(needed_bytes(self.index, wanted), sum(count for count, _ in done), len(reads))
+            raise DamageError(damages)
+        requests = sum(load.requests for load in loads)
+        return ReadStats(needed_bytes(self.index, wanted), sum(load.bytes_read for load in loads), requests)
 
     def read_tensor(self, name: str) -> Array:
         """A whole logical tensor; bfloat16 comes as uint16, which is as wide. Raises as `read_into` does."""
@@ -144,41 +145,6 @@ class Checkpoint:
         sizes = self._storage.sizes()
         shards = self.index.shards
         return [d for shard in shards for d in verify_shard(self._storage, self.index, shard, sizes, progress)]
-
-    def close(self) -> None:
-        """Give up open files."""
-        self._storage.close()
-
-    def _fetch(self, read: Read, target: Array) -> tuple[int, list[Damage]]:
-        """Read, verify and place one overlap; returns the bytes read, and the damage."""
-        place = target[read.overlap.within(read.piece.box)] if read.overlap.shape else target
-        if place.flags.c_contiguous and len(read.spans) == 1 and read.num_bytes == place.nbytes:
-            return self._read_verified(read, [byte_view(place)])
-        return self._through_scratch(read, place)
-
-    def _through_scratch(self, read: Read, place: Array) -> tuple[int, list[Damage]]:
-        """For an overlap that is not simply one range of bytes: lay out the rows of the extent it lies in, then cut."""
-        origin, inner = read.extent.box.start[0], read.extent.box.shape[1:]
-        row = place.itemsize * math.prod(inner)
-        first, last = (row * (edge - origin) for edge in (read.overlap.start[0], read.overlap.stop[0]))
-        spans = [(int(read.offsets[a]), int(read.offsets[b])) for a, b in read.spans]
-        low, high = min(first, spans[0][0]), max(last, spans[-1][1])
-        scratch = np.empty(high - low, np.uint8)
-        result = self._read_verified(read, [scratch[a - low : b - low] for a, b in spans])
-        rows = scratch[first - low : last - low].view(place.dtype).reshape(-1, *inner)
-        place[...] = rows[(slice(None), *read.overlap.within(read.extent.box)[1:])]
-        return result
-
-    def _read_verified(self, read: Read, outs: Sequence[Bytes]) -> tuple[int, list[Damage]]:
-        """Read the spans and the hashes of their units, and compare."""
-        extent, file, total, damages = read.extent, read.shard.file, 0, []
-        for (first, last), out in zip(read.spans, outs, strict=True):
-            offsets, expected = read.offsets[first : last + 1], np.empty(last - first, np.uint64)
-            self._storage.read_into(file, read.shard.hashes_at + 8 * (extent.first_hash + first), byte_view(expected))
-            self._storage.read_into(file, extent.offset + int(offsets[0]), out)
-            damages += compare_units(f"{self.path}/{file}", extent, offsets, out, expected)
-            total += out.nbytes + expected.nbytes
-        return total, damages
 
 
 def _check_present(directory: str, shard: ShardEntry, sizes: Mapping[str, int]) -> None:

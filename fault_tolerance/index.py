@@ -116,10 +116,10 @@ def _check_tensor(spec: TensorSpec, boxes: Sequence[Box]) -> None:
 
 def dump(index: Index) -> str:
     """The index as JSON, one tensor a line, with a hash of itself."""
-    body = _body(index)
-    head = {"format": FORMAT, "version": VERSION, "hash": "xxh3_64", "self": _hash(body)}
+    plain = {"format": FORMAT, "version": VERSION, "hash": "xxh3_64", **_body(index)}
+    head = {key: plain[key] for key in ("format", "version", "hash")} | {"self": _hash(plain), "extra": plain["extra"]}
     lines = [f'"{key}": {json.dumps(value)}' for key, value in head.items()]
-    lines += [f'"extra": {json.dumps(body["extra"])}', *(_rows(key, body[key]) for key in ("shards", "tensors"))]
+    lines += [_rows(key, plain[key]) for key in ("shards", "tensors")]
     return "{" + ",\n".join(lines) + "}\n"
 
 
@@ -131,12 +131,11 @@ def load(text: str, *, where: str) -> Index:
         raise ValueError(f"{where}: must be JSON, but {error}") from error
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"{where}: is not the index of a checkpoint (no format {FORMAT!r})")
+    if plain.pop("self", None) != _hash(plain):
+        raise ValueError(f"{where}: was changed after it was written (its own hash does not match)")
     if plain["version"] > VERSION:
         raise ValueError(f"{where}: version must be at most {VERSION}, got {plain['version']}; use a newer Holdfast")
-    body = {key: plain.get(key) for key in ("extra", "shards", "tensors")}
-    if plain.get("self") != _hash(body):
-        raise ValueError(f"{where}: was changed after it was written (its own hash does not match)")
-    return _index(body)
+    return _index(plain)
 
 
 def entry_to_plain(entry: ShardEntry) -> dict[str, Any]:

@@ -58,6 +58,19 @@ def plan_reads(index: Index, wanted: Iterable[Piece]) -> list[Read]:
     return sorted(reads, key=lambda read: (read.shard.file, read.extent.offset, read.spans))
 
 
+def groups(reads: Iterable[Read]) -> list[list[Read]]:
+    """Planned reads in groups of one file and about 16 MiB: the work of one thread at a time."""
+    out: list[list[Read]] = []
+    size = 0
+    for read in reads:
+        if not out or out[-1][0].shard is not read.shard or size + read.num_bytes > SLAB_BYTES:
+            out.append([])
+            size = 0
+        out[-1].append(read)
+        size += read.num_bytes
+    return out
+
+
 def needed_bytes(index: Index, wanted: Iterable[Piece]) -> int:
     """Bytes of the wanted pieces: what a loader would read that could read single elements."""
     return sum(piece.box.size * item_bytes(index.by_name[piece.tensor].dtype) for piece in wanted)
@@ -73,7 +86,7 @@ def _reads_of(index: Index, piece: Piece) -> Iterator[Read]:
     for shard, extent in index.extents[piece.tensor]:
         overlap = piece.box.intersect(extent.box)
         if overlap is not None:
-            offsets = unit_offsets(spec, extent.box, width)
+            offsets = unit_offsets(spec, extent.box)
             for slab in _slabs(overlap, extent.box, offsets, width):
                 yield Read(piece, shard, extent, slab, tuple(_spans(slab, extent.box, offsets, width)), offsets)
 
@@ -96,6 +109,9 @@ def _slabs(overlap: Box, stored: Box, offsets: Offsets, width: int) -> Iterator[
 
 def _spans(overlap: Box, stored: Box, offsets: Offsets, width: int) -> Iterator[tuple[int, int]]:
     """The units that the overlap touches, as merged ranges."""
+    if overlap == stored:
+        yield 0, len(offsets) - 1
+        return
     runs = np.array(list(overlap.runs(stored))) * width
     firsts = np.searchsorted(offsets, runs[:, 0], side="right") - 1
     lasts = np.searchsorted(offsets, runs.sum(axis=1))

@@ -17,6 +17,7 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import xxhash
 
 from fault_tolerance.buffers import DTYPES, Array, Bytes, array_view, byte_view, item_bytes
 from fault_tolerance.index import Extent, ShardEntry
-from fault_tolerance.storage import Storage, open_storage, paced
+from fault_tolerance.storage import open_storage, paced
 from fault_tolerance.units import Offsets, bands, unit_offsets
 from parallel.atlas import Piece, TensorSpec
 from parallel.boxes import Box
@@ -109,7 +110,7 @@ def shard_digest(header: Bytes, table: Array) -> str:
 def unit_hashes(data: Bytes, offsets: Offsets) -> Array:
     """xxh3_64 of the units of the data, which starts at the first offset and ends at the last."""
     view, edges = data.data, (offsets - offsets[0]).tolist()
-    hashes = [xxhash.xxh3_64_intdigest(view[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    hashes = [xxhash.xxh3_64_intdigest(view[a:b]) for a, b in pairwise(edges)]
     return np.array(hashes, np.uint64)
 
 
@@ -128,7 +129,7 @@ def _plan(pieces: Sequence[Piece], specs: Sequence[TensorSpec]) -> _Plan:
         for box in bands(spec, piece.box):
             own.append(Extent(spec.name, box, offset, first_hash))
             offset += box.size * width
-            first_hash += len(unit_offsets(spec, box, width)) - 1
+            first_hash += len(unit_offsets(spec, box)) - 1
         extents.append(tuple(own))
     return _Plan(by_name, tuple(pieces), tuple(extents), first_hash, -(-offset // 8) * 8)
 
@@ -145,7 +146,7 @@ def _extents(plan: _Plan, buffers: Sequence[Any], table: Array) -> Iterator[Byte
         whole = array_view(given, spec.dtype, piece.box.shape, where=f"write_shard: {piece}")
         for extent in extents:
             data = byte_view(np.ascontiguousarray(whole[extent.box.within(piece.box)]))
-            hashes = unit_hashes(data, unit_offsets(spec, extent.box, item_bytes(spec.dtype)))
+            hashes = unit_hashes(data, unit_offsets(spec, extent.box))
             table[extent.first_hash : extent.first_hash + len(hashes)] = hashes
             end = extent.offset + data.nbytes
             yield data

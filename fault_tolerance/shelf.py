@@ -33,7 +33,7 @@ def newest(root: str) -> str | None:
     """The path of the newest committed checkpoint whose index is intact, or None."""
     for path in reversed(checkpoints(root).values()):
         try:
-            Checkpoint.open(path).close()
+            Checkpoint.open(path)
         except (ValueError, StorageError):  # damaged on disk after its commit: an older one is better than none
             continue
         return path
@@ -56,7 +56,7 @@ def sweep(root: str, *, in_progress: Collection[int] = ()) -> list[int]:
 
 
 def remove(root: str, steps: Iterable[int]) -> None:
-    """Remove the checkpoints of these steps. The index goes first, so that a crash leaves a torn one, not a broken one."""
+    """Remove the checkpoints of these steps. The index goes first, so that a crash leaves a torn one, not a broken."""
     children = _children(root)
     for step in steps:
         if step in children:

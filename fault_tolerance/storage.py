@@ -1,7 +1,7 @@
 """Storage: named byte objects in one directory of a local disk or of an object store (fsspec: S3, GCS, ...).
 
     write(name, parts)      the object appears whole, or not at all
-    read_into(name, at, m)  a byte range, straight into memory
+    read_into(name, at, m)  a byte range, straight into one or several places in memory
 
 Two rules. An object that can be seen is complete and durable: locally it is written under a hidden name, fsynced,
 renamed, and the directory fsynced; remotely it is an upload that is committed at its end, or discarded. And only
@@ -15,14 +15,17 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from fault_tolerance.buffers import Bytes
 
 T = TypeVar("T")
 _PART_BYTES = 8 << 20
+_MAX_BUFFERS = 512  # of one preadv; the system's limit is 1024
 _HOPELESS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENODATA)
 )
@@ -47,8 +50,11 @@ class Storage(Protocol):
         tries again. Raises StorageError.
         """
 
-    def read_into(self, name: str, offset: int, out: Bytes) -> None:
-        """Fill `out` from byte `offset` on. Raises StorageError, also when the object ends too early."""
+    def read_into(self, name: str, offset: int, outs: Sequence[Bytes]) -> None:
+        """Fill the buffers, one after the other, from byte `offset` on, in one request.
+
+        Raises StorageError, also when the object ends too early.
+        """
 
     def read(self, name: str) -> bytes:
         """The whole object. Raises StorageError."""
@@ -67,9 +73,6 @@ class Storage(Protocol):
 
     def remove_all(self) -> None:
         """Remove the directory with everything in it."""
-
-    def close(self) -> None:
-        """Give up open files."""
 
 
 def open_storage(url: str | os.PathLike[str], *, attempts: int = 4, first_delay_s: float = 0.2) -> Storage:
@@ -121,14 +124,15 @@ class LocalStorage:
         self.url = path
         self._path = Path(path)
         self._retry: dict[str, Any] = {"attempts": attempts, "first_delay_s": first_delay_s}
-        self._files: dict[str, int] = {}
 
     def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:
         return retry(f"{self.url}/{name}", lambda: self._write(name, parts()), **self._retry)
 
     def _write(self, name: str, parts: Iterable[Bytes]) -> int:
         hidden = self._path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
-        self._path.mkdir(parents=True, exist_ok=True)
+        if not self._path.is_dir():
+            self._path.mkdir(parents=True, exist_ok=True)
+            sync_directory(self._path.parent)
         try:
             with hidden.open("wb", buffering=1 << 20) as file:
                 size = sum(file.write(part.data) for part in parts)
@@ -141,14 +145,12 @@ class LocalStorage:
         sync_directory(self._path)
         return size
 
-    def read_into(self, name: str, offset: int, out: Bytes) -> None:
+    def read_into(self, name: str, offset: int, outs: Sequence[Bytes]) -> None:
         def fill() -> None:
-            done, file = 0, self._open(name)
-            while done < out.nbytes:
-                got = os.preadv(file, [out[done:].data], offset + done)
-                if got == 0:
-                    raise StorageError(f"the file ends {out.nbytes - done} bytes too early", errno=errno.ENODATA)
-                done += got
+            with (self._path / name).open("rb", buffering=0) as file:
+                at = offset
+                for first in range(0, len(outs), _MAX_BUFFERS):
+                    at = _fill(file.fileno(), at, list(outs[first : first + _MAX_BUFFERS]))
 
         retry(f"{self.url}/{name}", fill, **self._retry)
 
@@ -173,17 +175,6 @@ class LocalStorage:
     def remove_all(self) -> None:
         shutil.rmtree(self._path, ignore_errors=True)
 
-    def close(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def _open(self, name: str) -> int:
-        if name not in self._files:
-            opened = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
-            if self._files.setdefault(name, opened) != opened:  # another thread was faster
-                os.close(opened)
-        return self._files[name]
-
 
 class RemoteStorage:
     """A prefix of an object store, through fsspec. Credentials and endpoint come from the environment, as usual."""
@@ -203,7 +194,7 @@ class RemoteStorage:
     def _write(self, name: str, parts: Iterable[Bytes]) -> int:
         file = self._fs.open(f"{self._path}/{name}", "wb", autocommit=False, block_size=_PART_BYTES)
         try:
-            size = sum(file.write(part.data) for part in parts)
+            size = sum(int(file.write(part.data)) for part in parts)
             file.close()
             file.commit()
         except BaseException:
@@ -211,14 +202,19 @@ class RemoteStorage:
             raise
         return size
 
-    def read_into(self, name: str, offset: int, out: Bytes) -> None:
-        def fill() -> None:
-            data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + out.nbytes)
-            if len(data) != out.nbytes:
-                raise StorageError(f"the object ends {out.nbytes - len(data)} bytes too early", errno=errno.ENODATA)
-            out.data[:] = data
+    def read_into(self, name: str, offset: int, outs: Sequence[Bytes]) -> None:
+        total = sum(out.nbytes for out in outs)
 
-        retry(f"{self.url}/{name}", fill, **self._retry)
+        def fetch() -> Bytes:
+            data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + total) if total else b""
+            if len(data) != total:
+                raise StorageError(f"the object ends {total - len(data)} bytes too early", errno=errno.ENODATA)
+            return np.frombuffer(data, np.uint8)
+
+        data, at = retry(f"{self.url}/{name}", fetch, **self._retry), 0
+        for out in outs:
+            out[:] = data[at : at + out.nbytes]
+            at += out.nbytes
 
     def read(self, name: str) -> bytes:
         data: bytes = retry(f"{self.url}/{name}", lambda: self._fs.cat_file(f"{self._path}/{name}"), **self._retry)
@@ -243,9 +239,6 @@ class RemoteStorage:
         if self._fs.exists(self._path):
             retry(self.url, lambda: self._fs.rm(self._path, recursive=True), **self._retry)
 
-    def close(self) -> None:
-        """Nothing is held open."""
-
     def _entries(self) -> Iterator[tuple[str, int, str]]:
         def rows() -> list[dict[str, Any]]:
             self._fs.invalidate_cache(self._path)
@@ -256,6 +249,21 @@ class RemoteStorage:
 
         for row in retry(self.url, rows, **self._retry):
             yield row["name"].rstrip("/").rsplit("/", 1)[-1], row["size"] or 0, row["type"]
+
+
+def _fill(file: int, offset: int, outs: list[Bytes]) -> int:
+    """Read on until the buffers are full; returns the offset after them."""
+    while outs:
+        got = os.preadv(file, [out.data for out in outs], offset)
+        if got == 0 and any(out.nbytes for out in outs):
+            missing = sum(out.nbytes for out in outs)
+            raise StorageError(f"the file ends {missing} bytes too early", errno=errno.ENODATA)
+        offset += got
+        while outs and got >= outs[0].nbytes:
+            got -= outs.pop(0).nbytes
+        if outs:
+            outs[0] = outs[0][got:]
+    return offset
 
 
 def sync_directory(path: Path) -> None:

@@ -22,10 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fault_tolerance.buffers import item_bytes
 from parallel.atlas import TensorSpec
 from parallel.boxes import Box, chunk
 
@@ -43,14 +45,15 @@ def bands(spec: TensorSpec, box: Box) -> list[Box]:
     if not dim:  # not cut by tp, or cut along rows
         return [box]
     low, high = box.start[dim], box.stop[dim]
-    inside = (edge for edge in _cuts(spec.shape[dim], BAND_DEGREES) if low < edge < high)
+    most = math.prod(spec.shape) * item_bytes(spec.dtype) // MIN_PART_BYTES
+    inside = (edge for edge in _cuts(spec.shape[dim], [d for d in BAND_DEGREES if d <= most]) if low < edge < high)
     edges = [low, *inside, high]
-    return [box.cut(dim, a - low, b - low) for a, b in zip(edges, edges[1:], strict=False)]
+    return [box.cut(dim, a - low, b - low) for a, b in pairwise(edges)]
 
 
-def unit_offsets(spec: TensorSpec, box: Box, width: int) -> Offsets:
+def unit_offsets(spec: TensorSpec, box: Box) -> Offsets:
     """Where the units of an extent start, in bytes from its own start, and at last where it ends."""
-    return _offsets(spec.shape, spec.tp_dim, box, width)
+    return _offsets(spec.shape, spec.tp_dim, box, item_bytes(spec.dtype))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -63,7 +66,7 @@ def _offsets(shape: tuple[int, ...], tp_dim: int | None, box: Box, width: int) -
     inside = (edge for edge in _row_cuts(shape[0], tp_dim, most) if low < edge < high)
     edges = [row * (edge - low) for edge in (low, *inside, high)]
     unit = _unit_bytes(box, width)
-    sections = [np.arange(a, b, unit) for a, b in zip(edges, edges[1:], strict=False)]
+    sections = [np.arange(a, b, unit) for a, b in pairwise(edges)]
     offsets = np.concatenate([*sections, edges[-1:]])
     offsets.flags.writeable = False
     return offsets

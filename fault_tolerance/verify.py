@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fault_tolerance.buffers import Array, Bytes, byte_view, item_bytes
+from fault_tolerance.buffers import Array, Bytes, item_bytes
 from fault_tolerance.index import Extent, Index, ShardEntry
 from fault_tolerance.shard import header_bytes, shard_digest, unit_hashes
 from fault_tolerance.storage import Storage, StorageError
@@ -37,7 +37,7 @@ class Damage:
         return f"{self.file}: {self.tensor + ': ' if self.tensor else ''}{self.what}"
 
 
-class CheckpointDamaged(RuntimeError):
+class DamageError(RuntimeError):
     """Stored bytes are not what was saved: a hash, a length or a file is wrong. `damages` says where."""
 
     def __init__(self, damages: Sequence[Damage]) -> None:
@@ -89,7 +89,7 @@ def _verify_extent(
     progress: Callable[[int], None],
 ) -> Iterator[Damage]:
     spec = index.by_name[extent.tensor]
-    offsets = unit_offsets(spec, extent.box, item_bytes(spec.dtype))
+    offsets = unit_offsets(spec, extent.box)
     for first, last in _steps(offsets):
         start, stop = int(offsets[first]), int(offsets[last])
         data = _read(storage, shard, extent.offset + start, stop - start)
@@ -117,7 +117,7 @@ def _expected_header(index: Index, shard: ShardEntry) -> Bytes:
 
 def _read(storage: Storage, shard: ShardEntry, offset: int, size: int) -> Bytes:
     out = np.empty(size, np.uint8)
-    storage.read_into(shard.file, offset, byte_view(out))
+    storage.read_into(shard.file, offset, [out])
     return out
 
 
