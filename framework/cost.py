@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from framework.batching import places
-from framework.rates import GIB, Rates
+from framework.rates import GIB, Rates, calibrated, guess  # noqa: F401
 from parallel.layout import Layout
 from parallel.stages import num_stages, stages_of_rank, units_of_stage
 
