@@ -1,0 +1,86 @@
+"""Host: what an actor is made of, without the actor: an object, called by method name, in a process that keeps a log.
+
+Rule of this file: it knows nothing of Ray, so that what runs in a worker can be run, and tested, in any process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from framework.checkout import code
+
+TAIL_BYTES = 16_384
+
+
+class Host:
+    """Makes `factory` ("module:name") with `payload` as keyword arguments, and calls its methods."""
+
+    def __init__(self, factory: str, payload: Mapping[str, Any], *, log: str | None, paths: Sequence[str], node: str) -> None:
+        if log is not None:
+            self.redirect(log)
+        sys.path += [path for path in paths if path not in sys.path]  # last: a user's file never hides one of ours
+        self._node = node
+        self._object = load(factory)(**payload)
+
+    def call(self, method: str, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[str, Any]:
+        """("value", what it returned) or ("raised", (kind, message, traceback)); raising is not for other processes."""
+        try:
+            if method.startswith("_"):
+                raise AttributeError(f"{method}: only public methods can be called")
+            return "value", getattr(self._object, method)(*args, **options)
+        except Exception as error:
+            return "raised", (type(error).__name__, str(error), traceback.format_exc())
+
+    def identity(self) -> dict[str, Any]:
+        """Who this process is and whose code it runs, for the controller to compare."""
+        own = asdict(code())
+        torch = sys.modules.get("torch")
+        return {
+            "pid": os.getpid(),
+            "node": self._node,
+            "code_path": own["path"],
+            "version": own["version"],
+            "digest": own["digest"],
+            "python": platform.python_version(),
+            "torch": getattr(torch, "__version__", None),
+        }
+
+    def redirect(self, path: str) -> None:
+        """From now on what this process prints, native libraries included, is appended to this file."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+                stream.flush()
+                os.dup2(descriptor, number)
+        finally:
+            os.close(descriptor)
+
+
+def load(factory: str) -> Any:
+    """The object that "module:name" names. Raises ValueError if there is none."""
+    module, colon, name = factory.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        if not colon or isinstance(error, AttributeError) or getattr(error, "name", None) == module:
+            raise ValueError(f"factory: must be an importable 'module:name', got {factory!r} ({error})") from error
+        raise
+
+
+def tail(path: str, lines: int = 20) -> str:
+    """The last lines of a log, or nothing if it is not there."""
+    try:
+        with open(path, "rb") as log:
+            log.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""

@@ -1,0 +1,79 @@
+"""Nodes: machines as the inventory sees them, and the ways in which a call to one of their processes can fail.
+
+Rule of this file: values only. It knows neither Ray nor processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+NODE_LABEL = "holdfast.io/node"
+DOMAIN_LABEL = "holdfast.io/domain"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One machine. `name` is stable: a machine that comes back has a new `ray_id` under its old name."""
+
+    name: str
+    ray_id: str
+    ip: str
+    alive: bool
+    draining: bool = False
+    head: bool = False
+    cpus: float = 0.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    port: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    domain: str = ""
+
+
+class Exit(Enum):
+    """Why a process is gone."""
+
+    SIGNAL = "signal"
+    OOM = "out of memory"
+    NODE = "its node died"
+    EXITED = "exited"
+    INIT = "its constructor failed"
+    KILLED = "killed by us"
+    UNKNOWN = "unknown"
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot be started, joined or used as asked. The message says what is needed, present and missing."""
+
+
+class CallError(RuntimeError):
+    """A call to an actor did not return a value."""
+
+    def __init__(self, message: str, *, actor: str, node: str) -> None:
+        super().__init__(message)
+        self.actor, self.node = actor, node
+
+
+class WorkerDied(CallError):
+    """The process behind the actor is gone for good."""
+
+    def __init__(self, *, actor: str, node: str, exit: Exit, cause: str, signal: int | None = None) -> None:
+        super().__init__(f"{actor} on {node} died: {cause}", actor=actor, node=node)
+        self.exit, self.cause, self.signal = exit, cause, signal
+
+
+class WorkerUnavailable(CallError):
+    """The actor cannot be reached now; mostly WorkerDied follows."""
+
+    def __init__(self, *, actor: str, node: str, cause: str) -> None:
+        super().__init__(f"{actor} on {node} cannot be reached: {cause}", actor=actor, node=node)
+        self.cause = cause
+
+
+class RemoteError(CallError):
+    """The called method itself raised."""
+
+    def __init__(self, *, actor: str, node: str, kind: str, message: str, traceback: str) -> None:
+        super().__init__(f"{actor} on {node} raised {kind}: {message}", actor=actor, node=node)
+        self.kind, self.message, self.traceback = kind, message, traceback

@@ -1,0 +1,295 @@
+"""Warden: the process that owns an emulated cluster and sees to it that nothing of it outlives its owner.
+
+    driver --stdin pipe--> warden --+-- gcs_server
+                             |      +-- zygote --+-- workers of every node (forked)
+        control socket ------+      +-- raylet of head, n0, n1, ... (each the leader of a session)
+
+When the pipe closes (the driver ended in whatever way, SIGKILL included) the warden kills every process below it, removes
+the cluster's folder and its files in /dev/shm, and ends. It is the subreaper of all of them, so nobody escapes by being
+orphaned, and they die with it (PDEATHSIG), should it be killed itself.
+
+To kill a machine is to SIGKILL the raylet and every process of its sessions, and to empty its part of /dev/shm.
+
+Rule of this file: standard library only, one thread, started with `python -I -S`: it must be up in milliseconds and must never
+block on anything but a dying process. It knows argument lists, not Ray. Sources: prctl(2), proc(5).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+TICK_S = 0.5
+KILL_DEADLINE_S = 10.0
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+class Warden:
+    """Owns processes by node name. Every request of the control socket is a method named `do_<name>`."""
+
+    def __init__(self, spec: dict) -> None:
+        self.dir, self.shm = Path(spec["dir"]), Path(spec["shm"])
+        self.env: dict[str, str] = spec["env"]
+        self.zygote_command: list[str] = spec["zygote"]
+        self.zygote_env: dict[str, str] = {**spec["zygote_env"], "RAY_RAYLET_PID": str(os.getpid())}  # whose death ends a worker
+        self.book = self.dir / "book"
+        self.nodes: dict[str, dict[str, str]] = {}
+        self.raylets: dict[str, int] = {}
+        self.state: dict[str, str] = {}
+        self.template: dict = {}
+        self.ending = False
+        self.lease = open(self.dir / "lease", "w")  # noqa: SIM115  (held for life: tells a live cluster's folder from a dead one's)
+        fcntl.flock(self.lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (self.book / "exits").mkdir(parents=True)
+        self.shm.mkdir(mode=0o700)
+        self.forks = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.forks.bind(str(self.dir / "zygote"))
+        self.forks.listen(256)
+        self.gcs = self._spawn(spec["gcs"], log="gcs_server")
+        self.zygote = self._spawn_zygote()
+
+    def do_template(self, template: dict) -> None:
+        """How a raylet is started: `argv` with @NAME@ placeholders, `files` it expects, and `nodes` with what replaces them."""
+        self.template = template
+
+    def do_add(self, node: str, wait: bool = False) -> dict[str, str]:
+        """Start a machine: a new one, or a dead one that comes back."""
+        if self.state.get(node) in ("up", "stopped"):
+            raise ValueError(f"add: node must be new or dead, got {node} which is {self.state[node]}; kill it first")
+        values = self._values(node)
+        for folder in (self.dir / node, self.shm / node):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
+        for path, text in self.template["files"].items():
+            (self.dir / _fill(path, values)).write_text(text)
+        (self.dir / node / "logs").mkdir()
+        argv = [text for word in self.template["argv"] if (text := _fill(word, values))]
+        env = {"HOLDFAST_NODE": node, "HOLDFAST_SHM_DIR": str(self.shm / node)}
+        self.nodes[node], self.state[node] = values, "up"
+        self.raylets[node] = self._spawn(argv, log=f"{node}/raylet", env=env)
+        return values
+
+    def do_kill(self, node: str) -> list[int]:
+        """A machine crash. Every process is dead on return."""
+        killed = self._kill(node)
+        for path in (self.shm / node).glob("*") if node in self.state else ():
+            path.unlink() if not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
+        self.state[node] = "dead"
+        return killed
+
+    def do_stop(self, node: str) -> list[int]:
+        """SIGSTOP to the whole machine."""
+        return self._signal(node, signal.SIGSTOP, "stopped")
+
+    def do_cont(self, node: str) -> list[int]:
+        """SIGCONT to the whole machine."""
+        return self._signal(node, signal.SIGCONT, "up")
+
+    def do_pids(self, node: str) -> list[int]:
+        """Live processes of a machine, its raylet first."""
+        self._known(node)
+        return self._pids(node)
+
+    def do_names(self) -> dict[str, str]:
+        """What every machine is: up, stopped or dead."""
+        self._reap()
+        return dict(self.state)
+
+    def do_describe(self) -> dict[str, object]:
+        """Where things are, for `holdfast doctor` and tests."""
+        return {"dir": str(self.dir), "shm": str(self.shm), "gcs": self.gcs, "zygote": self.zygote, "nodes": self.nodes}
+
+    def do_close(self) -> None:
+        """End everything."""
+        self.ending = True
+
+    def run(self) -> None:
+        """Serve until the driver is gone, then leave nothing behind."""
+        driver = os.getppid()
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        control.bind(str(self.dir / "control"))
+        control.listen(64)
+        with selectors.DefaultSelector() as selector:
+            selector.register(control, selectors.EVENT_READ)
+            selector.register(sys.stdin.buffer, selectors.EVENT_READ)
+            while not self.ending and os.getppid() == driver:
+                for key, _ in selector.select(TICK_S):
+                    if key.fileobj is control:
+                        self._answer(control)
+                    elif not os.read(0, 4096):
+                        self.ending = True
+                self._reap()
+
+    def finish(self) -> None:
+        """Kill everything below, remove everything written."""
+        deadline = time.monotonic() + KILL_DEADLINE_S
+        while (rest := _descendants(os.getpid())) and time.monotonic() < deadline:
+            _signal_all(rest, signal.SIGKILL)
+            time.sleep(0.01)
+            self._reap(respawn=False)
+        shutil.rmtree(self.shm, ignore_errors=True)
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+    def _answer(self, control: socket.socket) -> None:
+        channel, _ = control.accept()
+        with channel, channel.makefile("rwb") as stream:
+            channel.settimeout(5.0)
+            try:
+                request = json.loads(stream.readline())
+                answer = {"ok": getattr(self, "do_" + request["do"])(**request.get("with", {}))}
+            except Exception as error:  # whatever is asked wrongly, the warden lives on
+                answer = {"error": f"{type(error).__name__}: {error}"}
+            try:
+                stream.write(json.dumps(answer).encode() + b"\n")
+                stream.flush()
+            except OSError:
+                pass  # the client has gone
+
+    def _values(self, node: str) -> dict[str, str]:
+        given = self.template["nodes"].get(node) or {**self.template["default"], "IP": f"127.1.0.{len(self.nodes) + 1}"}
+        words = {"NODE": node, "DIR": str(self.dir / node), "SHM": str(self.shm / node), "ID": os.urandom(28).hex(), "HEAD": "", "HEADFLAG": "", **given}
+        labels = {"holdfast.io/node": node, **json.loads(words.get("LABELS", "{}"))}
+        return {**words, "LABELS": json.dumps(labels)}
+
+    def _known(self, node: str) -> None:
+        if node not in self.state:
+            raise ValueError(f"node must be one of {', '.join(self.state)}, got {node}")
+
+    def _spawn_zygote(self) -> int:
+        return self._spawn(self.zygote_command, log="zygote", env=self.zygote_env, fds=(self.forks.fileno(),))
+
+    def _spawn(self, argv: list[str], *, log: str, env: dict[str, str] | None = None, fds: tuple[int, ...] = ()) -> int:
+        argv = [word.replace('"@LISTENER@"', str(fds[0])) if fds else word for word in argv]
+        with open(self.dir / f"{log}.log", "ab") as output:
+            process = subprocess.Popen(
+                argv, env={**self.env, **(env or {})}, cwd=self.dir / "empty", stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, pass_fds=fds, start_new_session=True, preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        process.returncode = 0  # reaped by pid in _reap, with everybody else
+        return process.pid
+
+    def _reap(self, *, respawn: bool = True) -> None:
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.zygote and respawn:
+                self.zygote = self._spawn_zygote()
+            for node, raylet in self.raylets.items():
+                if pid == raylet and self.state[node] != "dead" and respawn:
+                    self.state[node] = "dead"  # a machine without its raylet is none: the workers must not train on
+                    _signal_all(self._pids(node), signal.SIGKILL)
+
+    def _kill(self, node: str) -> list[int]:
+        self._known(node)
+        killed: dict[int, None] = {}
+        deadline = time.monotonic() + KILL_DEADLINE_S
+        while time.monotonic() < deadline:
+            living = self._pids(node)
+            if not living:
+                break
+            killed.update(dict.fromkeys(living))
+            _signal_all(living, signal.SIGKILL)
+            time.sleep(0.002)
+            self._reap()
+        return list(killed)
+
+    def _signal(self, node: str, number: signal.Signals, state: str) -> list[int]:
+        self._known(node)
+        pids = self._pids(node)
+        _signal_all(pids, number)
+        if self.state[node] != "dead":
+            self.state[node] = state
+        return pids
+
+    def _pids(self, node: str) -> list[int]:
+        """The raylet's session, and the session of every worker that the zygote's book names."""
+        raylet = self.raylets.get(node, 0)
+        sessions = {raylet} | {int(page.name) for page in (self.book / node).glob("*")}
+        found = [pid for pid, (_, session, alive) in _processes().items() if alive and session in sessions]
+        return sorted(found, key=lambda pid: (pid != raylet, pid))
+
+
+def _fill(word: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        word = word.replace(f"@{name}@", value)
+    return word
+
+
+def _die_with_parent() -> None:
+    prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def _signal_all(pids: list[int], number: int) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def _processes() -> dict[int, tuple[int, int, bool]]:
+    """pid: (parent, session, not a zombie) of every process of this machine."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                text = Path("/proc", name, "stat").read_text(errors="replace")
+            except OSError:
+                continue
+            words = text.rpartition(")")[2].split()
+            found[int(name)] = (int(words[1]), int(words[3]), words[0] not in "ZX")
+    return found
+
+
+def _descendants(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for pid, (parent, _, _) in _processes().items():
+        children.setdefault(parent, []).append(pid)
+    found, front = [], [root]
+    while front:
+        below = children.get(front.pop(), [])
+        found += below
+        front += below
+    return found
+
+
+def main() -> None:
+    """One JSON line on standard input says what to start; after it the pipe only has to stay open."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 1 << 16)
+        if not piece:
+            return
+        line += piece
+    warden = Warden(json.loads(line))
+
+    def end(*_: object) -> None:
+        warden.ending = True
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        warden.run()
+    finally:
+        warden.finish()
+
+
+if __name__ == "__main__":
+    main()

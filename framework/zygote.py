@@ -1,0 +1,161 @@
+"""Zygote: one process that has imported everything, from which the workers of a local cluster are forked.
+
+    raylet --exec--> launcher --argv, env, fds--> zygote --fork--> worker   (Ray's own worker program, unchanged)
+                     (12 ms, exits)               torch, ray              8 of them share one copy of the libraries
+
+Why: importing torch and its parallel parts costs several seconds of processor per process, and memory once per process; on a
+laptop that emulates a cluster that is most of the start-up. A forked worker is ready in tens of milliseconds.
+
+Rule: nothing here may start a thread or connect anywhere before a fork, so Ray and torch are imported and never used.
+The folder `book` is the truth about who lives: `book/<node>/<pid>` exists while the worker does, and `book/exits/<pid>` holds
+its wait status afterwards, which is how a death is told apart (signal, exit code, out of memory) where Ray only sees a closed socket.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+from pathlib import Path
+
+MAX_REQUEST_BYTES = 1 << 20
+RUNTIME_ENV_WORDS = ("--language=", "--serialized-runtime-env-context=")  # Ray's set-up program, which we stand in for, eats these
+
+FIXED_AT_IMPORT = ("RAY_JOB_ID",)  # libraries read these once, when they are loaded, so a fork cannot change them
+
+
+def launch(address: str, argv: list[str]) -> None:
+    """What the raylet executes in place of a worker: hands its command, environment and output files to the zygote."""
+    request = json.dumps({"argv": argv, "env": dict(os.environ), "cwd": os.getcwd()}).encode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        channel.connect(address)
+        socket.send_fds(channel, [len(request).to_bytes(8, "little")], [0, 1, 2])
+        channel.sendall(request)
+        channel.recv(1)  # the zygote answers when the worker exists
+
+
+def serve(listener: socket.socket, *, book: Path, preload: list[str], after_fork: str) -> None:
+    """Imports `preload`, then forks a worker per request for ever. Ends with its parent, the warden.
+
+    `after_fork` ("module:function") is called in each fork, once it has the environment of its request. A request that needs
+    another value of what is fixed at import gets a process of its own, as it would have without a zygote.
+    """
+    for name in preload:
+        _import(name)
+    gc.collect()
+    gc.freeze()  # the collector must not touch, and so copy, the shared pages
+    signal.signal(signal.SIGCHLD, lambda *_: _reap(book))
+    oom_kills = count_oom_kills()
+    (book / "exits" / "oom").write_text(str(oom_kills))
+    while True:
+        try:
+            channel, _ = listener.accept()
+        except OSError:
+            return
+        with channel:
+            request, fds = _receive(channel)
+            if request is None:
+                continue
+            pid = os.fork()
+            if pid == 0:
+                listener.close()
+                channel.close()
+                _become_worker(request, fds, book, after_fork)
+            for fd in fds:
+                os.close(fd)
+            channel.sendall(b"+")
+
+
+def count_oom_kills() -> int:
+    """Processes this machine's kernel has killed for memory since it booted; -1 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return -1
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), -1)
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # the worker that really needs it will say so, with its name
+        print(f"zygote: {name} cannot be preloaded: {error!r}", file=sys.stderr, flush=True)
+
+
+def _receive(channel: socket.socket) -> tuple[dict | None, list[int]]:
+    header, fds, _, _ = socket.recv_fds(channel, 8, 3)
+    size = int.from_bytes(header, "little")
+    body = b""
+    while len(header) == 8 and len(body) < size <= MAX_REQUEST_BYTES:
+        piece = channel.recv(size - len(body))
+        if not piece:
+            break
+        body += piece
+    if len(header) < 8 or len(body) != size:
+        for fd in fds:
+            os.close(fd)
+        return None, []
+    return json.loads(body), fds
+
+
+def _become_worker(request: dict, fds: list[int], book: Path, after_fork: str) -> None:
+    """In the fork: looks in every respect like a process started with this command. Never returns."""
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        page = book / request["env"].get("HOLDFAST_NODE", "") / str(os.getpid())
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.touch()
+        for fd, target in zip(fds, (0, 1, 2), strict=True):
+            os.dup2(fd, target)
+            os.close(fd)
+        fixed = {name: os.environ.get(name) for name in FIXED_AT_IMPORT}
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        sys.argv = [word for word in request["argv"] if not word.startswith(RUNTIME_ENV_WORDS)]
+        if any(request["env"].get(name) != value for name, value in fixed.items()):
+            os.execv(sys.executable, [sys.executable, "-P", *sys.argv])  # not one that this zygote can become: the slow way
+        module, _, function = after_fork.partition(":")
+        getattr(importlib.import_module(module), function)()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def _reap(book: Path) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        (book / "exits" / f"{pid}").write_text(f"{os.waitstatus_to_exitcode(status)} {count_oom_kills()}")
+        for page in book.glob(f"*/{pid}"):
+            if page.parent.name != "exits":
+                page.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launch":
+        launch(sys.argv[2], sys.argv[3:])
+    else:
+        options = json.loads(sys.argv[2])
+        serve(
+            socket.socket(fileno=options["listener"]),
+            book=Path(options["book"]),
+            preload=options["preload"],
+            after_fork=options["after_fork"],
+        )
