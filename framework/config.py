@@ -2,9 +2,9 @@
 
     YAML + overrides --Hydra--> plain dicts and lists --decode--> Config (frozen)     behind it, nobody sees a DictConfig
 
-Values, defaults included, live in `configs/*.yaml`; what they mean stands here. A `null` that stands for "derive it"
-is derived in this file, once, so that what is behind the door holds numbers. Keys that say how a run may be resumed
-are the matter of `framework/identity.py`, rules that tie several keys together of `framework/config_rules.py`.
+Values, defaults included, live in `configs/*.yaml`; what they mean stands here. A `null` that means "derive it" is
+filled in by `config_derived.py`, so that what is behind the door holds numbers; rules that tie several keys together
+stand in `config_rules.py`, and what a resumed run may change in `config_identity.py`.
 
 Rule of this file: every field is read by somebody, and a wrong value is refused here, in one line, with what to do.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from framework import decoding, sources
+from framework.config_derived import derive
 from framework.config_rules import check
 from framework.decoding import (
     Below1,
@@ -242,30 +243,9 @@ class Config:
 
 def decode(plain: Mapping[str, Any]) -> Config:
     """The config that these plain values mean. Raises ValueError, one line, for anything that is not one."""
-    config = decoding.decode(Config, _derived(plain), "")
+    config = decoding.decode(Config, derive(plain), "")
     check(config)
     return config
-
-
-def _derived(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values with every `null` that means "derive it" filled in. What is of a wrong type is left as it is."""
-    tree = {key: dict(item) if isinstance(item, Mapping) else item for key, item in values.items()}
-    optim, layout, cluster = (_group(tree, name) for name in ("optim", "layout", "cluster"))
-    _fill(optim, "schedule_steps", optim.get("num_steps"))
-    _fill(cluster, "max_nodes", cluster.get("num_nodes"))
-    pp = layout.get("pp")
-    _fill(layout, "num_microbatches", 2 * pp if isinstance(pp, int) and pp > 1 else 1)
-    return tree
-
-
-def _group(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    group = tree.get(name)
-    return group if isinstance(group, dict) else {}
-
-
-def _fill(group: dict[str, Any], key: str, value: Any) -> None:
-    if key in group and group[key] is None:
-        group[key] = value
 
 
 def plain(config: Config) -> dict[str, Any]:

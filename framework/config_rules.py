@@ -1,8 +1,6 @@
 """Config rules: what several keys must satisfy together, each rule a generator of complaints.
 
-The first complaint wins. Rules that other files own (how stages are dealt out) are asked of those files. The
-combinations in `silently_wrong` run without an error in PyTorch 2.13 and give wrong numbers (measured: losses off by
-0.02 to 0.42), which is why they are refused here.
+The first complaint wins. What layout, schedule and model owe each other is asked of `parallel.checks`, which knows.
 
 Rule of this file: pure functions of a config. It reads no file, machine or environment.
 """
@@ -13,7 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from framework.decoding import unknown
-from parallel.stages import num_stages, units_of_stage
+from parallel import checks
+from parallel.checks import ZERO_BUBBLE
+from parallel.layout import Layout
 
 if TYPE_CHECKING:
     from framework.config import Config
@@ -22,7 +22,6 @@ OWN_MODEL = "framework.model.Decoder"
 MODEL_KEYS = (
     "vocab_size", "num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "rope_theta", "norm_eps", "tie_embeddings",
 )  # fmt: skip
-ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv_zero_bubble")
 BYTE_IDS = 256
 
 Complaints = Iterator[str]
@@ -77,51 +76,35 @@ def enough_workers(config: Config) -> Complaints:
     )
 
 
-def tensor_parallel(config: Config) -> Complaints:
-    """tp cuts heads, the inner dimension, and with sequence parallelism the sequence."""
-    tp = config.layout.tp
-    lengths = {"model.num_heads": config.model.num_heads, "model.ffn_dim": config.model.ffn_dim}
-    if config.layout.sequence_parallel:
-        lengths["data.seq_len"] = config.data.seq_len
-    for key, length in lengths.items():
-        if length % tp:
-            yield f"{key} {length} does not divide by tp {tp}; use layout.tp={_choices(length)}"
-
-
-def pipeline(config: Config) -> Complaints:
-    """There is a layer for every stage, and the schedule gets the microbatches it needs."""
-    layout, layers = config.layout, config.model.num_layers
-    if layout.pp == 1:
-        return
-    stages = num_stages(layout.schedule, layout.pp)
+def parallelism(config: Config) -> Complaints:
+    """Layout, schedule, microbatches, model and wrapping go together (`parallel.checks`)."""
+    wish, model, own = config.layout, config.model, config.model.target == OWN_MODEL
+    degrees = wish.degrees
+    if degrees is None and wish.schedule not in ZERO_BUBBLE:
+        return  # the plan asks the same of every candidate; zero-bubble schedules are refused their traps right here
     try:
-        units_of_stage(layers, stages, 0)
-    except ValueError:
-        advice = f"use layout.pp={layout.pp * layers // stages or 1} or layout.schedule=1f1b"
-        yield f"layout: schedule {layout.schedule} has {stages} stages at pp {layout.pp}, the model {layers} layers; {advice}"
-    if layout.num_microbatches < layout.pp or (stages > layout.pp and layout.num_microbatches % layout.pp):
-        must = "a multiple of" if stages > layout.pp else "at least"
-        yield (
-            f"layout.num_microbatches: must be {must} pp {layout.pp} for schedule {layout.schedule}, "
-            f"got {layout.num_microbatches}; use layout.num_microbatches={2 * layout.pp}"
+        checks.check(
+            checks.ModelNumbers(
+                num_layers=model.num_layers if degrees is not None else 4,
+                vocab_size=model.vocab_size,
+                num_heads=model.num_heads if own else None,
+                num_kv_heads=model.num_kv_heads if own else None,
+                ffn_dim=model.ffn_dim if own else None,
+            ),
+            layout=degrees or Layout(pp=2),
+            schedule=wish.schedule,
+            num_microbatches=wish.num_microbatches if degrees is not None else 4,
+            wrapping=checks.Wrapping(
+                precision=wish.precision,
+                sequence_parallel=wish.sequence_parallel,
+                reshard_after_forward=wish.reshard_after_forward,
+                activation_checkpointing=wish.activation_checkpointing,
+                compile=wish.compile,
+            ),
+            seq_len=config.data.seq_len,
         )
-
-
-def silently_wrong(config: Config) -> Complaints:
-    """No combination that PyTorch accepts and computes wrongly."""
-    layout = config.layout
-    if layout.pp == 1 and not layout.auto or layout.schedule not in ZERO_BUBBLE:
-        return
-    if layout.reshard_after_forward:
-        yield (
-            f"layout.reshard_after_forward: must be false with schedule {layout.schedule}, got true; "
-            "gradients would be wrong without an error; use layout.reshard_after_forward=false or layout.schedule=1f1b"
-        )
-    if layout.compile:
-        yield (
-            f"layout.compile: must be false with schedule {layout.schedule}, got true; "
-            "gradients would be wrong without an error; use layout.compile=false or layout.schedule=1f1b"
-        )
+    except ValueError as error:
+        yield str(error)
 
 
 def deepspeed(config: Config) -> Complaints:
@@ -187,6 +170,6 @@ def _choices(length: int) -> str:
 
 
 RULES: tuple[Callable[[Config], Complaints], ...] = (
-    model_shape, vocabulary, automatic, enough_workers, tensor_parallel, pipeline, silently_wrong, deepspeed, nodes,
+    model_shape, vocabulary, automatic, enough_workers, parallelism, deepspeed, nodes,
     coding_group, detection, drill,
 )  # fmt: skip

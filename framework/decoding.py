@@ -71,7 +71,7 @@ def decode(kind: type[T], value: object, where: str) -> T:
 
 def encode(value: Any) -> Any:
     """The inverse of `decode`: dataclasses to dicts under their config keys, tuples to lists."""
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain: dict[str, Any] = {}
         for entry in _entries(type(value)):
             item = getattr(value, entry.name)

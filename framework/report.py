@@ -65,7 +65,16 @@ def write(path: str | Path) -> Path:
 def render(run: Run) -> str:
     """The page."""
     style, script = ((HERE / f"report.{kind}").read_text() for kind in ("css", "js"))
-    sections = (_header(run), _tiles(run), _curves(run), _incidents(run), _snapshots(run), _timeline(run), _log(run), _config(run))
+    sections = (
+        _header(run),
+        _tiles(run),
+        _curves(run),
+        _incidents(run),
+        _snapshots(run),
+        _timeline(run),
+        _log(run),
+        _config(run),
+    )
     body = "".join(sections)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(run.name)}</title>'
     foot = "<footer>Shaded stretches are generations: a new one begins with every plan. Red dots are steps that were done again.</footer>"
@@ -169,7 +178,11 @@ def _curves(run: Run) -> str:
                 height=220,
             ),
             line_chart(
-                _points(run.counted, "grad_norm"), title="Gradient norm", unit="before clipping, by step", bands=bands, height=200
+                _points(run.counted, "grad_norm"),
+                title="Gradient norm",
+                unit="before clipping, by step",
+                bands=bands,
+                height=200,
             ),
         )
     )
@@ -183,7 +196,9 @@ def _incidents(run: Run) -> str:
     names = "".join(f"<th{' class=num' if name in ('steps lost',) else ''}>{name}</th>" for name in heads)
     rows = "".join(_incident(i, incident) for i, incident in enumerate(found, 1))
     legend = "".join(f'<i class="c{i}"></i>{part.replace("_", " ")}' for i, part in enumerate(PARTS))
-    return f'<h2>Incidents</h2><div class="card"><table><tr>{names}</tr>{rows}</table></div><p class="legend">{legend}</p>'
+    return (
+        f'<h2>Incidents</h2><div class="card"><table><tr>{names}</tr>{rows}</table></div><p class="legend">{legend}</p>'
+    )
 
 
 def _incident(number: int, incident: Mapping[str, Any]) -> str:
@@ -221,7 +236,9 @@ def _snapshots(run: Run) -> str:
     bands = generations(run)
     bars = bar_chart(_points(taken, "bytes", 1e-6), title="Snapshots", unit="MB kept, by step", bands=bands)
     stalls = _points(taken, "stall_ms")
-    chart = bar_chart(stalls, title="Stall", unit="ms that a step waited for its snapshot", bands=bands) if stalls else ""
+    chart = (
+        bar_chart(stalls, title="Stall", unit="ms that a step waited for its snapshot", bands=bands) if stalls else ""
+    )
     return f"<h2>Snapshots</h2>{bars}{chart}"
 
 
@@ -243,7 +260,9 @@ def _timeline(run: Run) -> str:
             gaps.append(Band(stop - began, following["time"] - began, "", 2))
     troubles = [event for event in run.events if "incident" in event]
     marks = [Mark(event["time"] - began, str(i), str(event.get("reason", ""))) for i, event in enumerate(troubles, 1)]
-    return lanes([("at work", work), ("regrouping", gaps)], marks, title="Layouts over time", unit="seconds since the start")
+    return lanes(
+        [("at work", work), ("regrouping", gaps)], marks, title="Layouts over time", unit="seconds since the start"
+    )
 
 
 def _stop(run: Run, generation: int, ended: float) -> float:
@@ -252,7 +271,8 @@ def _stop(run: Run, generation: int, ended: float) -> float:
     times = [
         event["time"]
         for event in run.events
-        if event["generation"] == generation and (event["kind"] in over or (event["kind"] == "trouble" and "ranks" in event))
+        if event["generation"] == generation
+        and (event["kind"] in over or (event["kind"] == "trouble" and "ranks" in event))
     ]
     later = [event["time"] for event in run.events if event["generation"] > generation]
     return float(min([*times[:1], *later[:1], ended]))

@@ -89,7 +89,13 @@ def line_chart(
 
 
 def bar_chart(
-    points: Sequence[Point], *, title: str, unit: str, bands: Sequence[Band] = (), marks: Sequence[Mark] = (), height: int = 170
+    points: Sequence[Point],
+    *,
+    title: str,
+    unit: str,
+    bands: Sequence[Band] = (),
+    marks: Sequence[Mark] = (),
+    height: int = 170,
 ) -> str:
     """One bar for each point, from zero."""
     if not points:
@@ -102,7 +108,13 @@ def bar_chart(
         f"<title>step {x:g}: {y:.4g} {escape(unit)}</title></rect>"
         for x, y in points
     )
-    body = [*_bands(bands, xs, height), *_grid(xs, ys, height), *bars, *_band_names(bands, xs), *_marks(marks, xs, height)]
+    body = [
+        *_bands(bands, xs, height),
+        *_grid(xs, ys, height),
+        *bars,
+        *_band_names(bands, xs),
+        *_marks(marks, xs, height),
+    ]
     return _svg(title, unit, body, height)
 
 
@@ -200,7 +212,11 @@ def _band_names(bands: Sequence[Band], xs: Scale) -> list[str]:
 
 def _lane_bar(band: Band, xs: Scale, y: float) -> str:
     x, width = xs(band.start), max(2.0, xs(band.stop) - xs(band.start))
-    name = f'<text x="{x + 6:.1f}" y="{y + 18}">{escape(band.label)}</text>' if width > LETTER * len(band.label) + 10 else ""
+    name = (
+        f'<text x="{x + 6:.1f}" y="{y + 18}">{escape(band.label)}</text>'
+        if width > LETTER * len(band.label) + 10
+        else ""
+    )
     rect = f'<rect class="span tone{band.tone}" x="{x}" y="{y + 3}" width="{width:.1f}" height="22" rx="4">'
     return f'<g class="spanbox">{rect}<title>{escape(band.label)}</title></rect>{name}</g>'
 
@@ -237,5 +253,3 @@ def _svg(title: str, unit: str, body: Sequence[str], height: int, more: str = ""
 
 def _empty(title: str) -> str:
     return f"<figure><figcaption><b>{escape(title)}</b></figcaption><p class='none'>nothing was recorded</p></figure>\n"
-
-

@@ -80,7 +80,9 @@ class TensorBoardSink:
         import importlib.util
 
         if importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("monitor.tensorboard: must have its library, got none; pip install 'holdfast[tensorboard]'")
+            raise ValueError(
+                "monitor.tensorboard: must have its library, got none; pip install 'holdfast[tensorboard]'"
+            )
         self._directory = directory
         self._writer: Any = None
 

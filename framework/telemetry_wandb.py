@@ -113,7 +113,9 @@ def _log(run: Any, message: Mapping[str, Any]) -> None:
     if event is None:
         run.log({"trainer/step": message["step"], **message["values"]})
         return
-    numbers = {key: value for key, value in event.items() if isinstance(value, int | float) and key not in ("step", "time")}
+    numbers = {
+        key: value for key, value in event.items() if isinstance(value, int | float) and key not in ("step", "time")
+    }
     named = {f"event/{event['kind']}/{key}": value for key, value in numbers.items()}
     run.log({"trainer/step": event.get("step", 0), f"event/{event['kind']}": 1, **named})
     run.summary[f"last_{event['kind']}"] = event.get("reason", "")

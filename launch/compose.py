@@ -28,6 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 from framework.decoding import unknown
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+CHOICES = dict.fromkeys(("--cfg", "-c"), ("job", "hydra", "all"))
+INTERRUPTED = 130
 FLAGS = (
     "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc",
     "--config-dir", "-cd", "--info", "-i", "--hydra-help",
@@ -43,16 +45,26 @@ def run_composed(command: str, arguments: Sequence[str], task: Task) -> int:
     """
     refuse_unknown_flags(arguments)
     codes: list[int] = []
+    failures: list[BaseException] = []
 
     def job(config: DictConfig) -> None:
-        codes.append(task(_plain(config)))
+        if failures or INTERRUPTED in codes:
+            return  # the rest of a sweep
+        try:
+            codes.append(task(_plain(config)))
+        except BaseException as error:  # raised below: Hydra would put a heading of its own before it
+            failures.append(error)
 
     entry = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")(job)
     with _command_line(command, arguments):
         try:
             entry()
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ValueError(explain(error, overrides_of(arguments))) from error
+    for failure in failures:
+        if isinstance(failure, OmegaConfBaseException):
+            raise ValueError(explain(failure, overrides_of(arguments))) from failure
+        raise failure
     return max(codes, default=0)
 
 
@@ -71,12 +83,18 @@ def groups() -> dict[str, tuple[str, ...]]:
 
 
 def refuse_unknown_flags(arguments: Sequence[str]) -> None:
-    """Raises ValueError for an option that nobody knows."""
+    """Raises ValueError for an option, or a value of one, that nobody knows."""
     for word in arguments:
         flag = word.partition("=")[0]
         if flag.startswith("-") and flag not in FLAGS:
             near = difflib.get_close_matches(flag, [f for f in FLAGS if f.startswith("--")], n=1, cutoff=0.5)
             raise ValueError(f"{flag}: no such option; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    for flag, choices in CHOICES.items():
+        for before, word in zip(arguments, [*arguments[1:], ""], strict=True):
+            if before == flag and word not in choices:
+                raise ValueError(
+                    f"{flag}: must be one of {', '.join(choices)}, got {word!r}; for example {flag} {choices[0]}"
+                )
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
@@ -99,6 +117,8 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
     if first.startswith("Could not append to config"):
         key = first.split("'")[1]
         return f"+{key}: must be a new key, got one that exists; leave out the +"
+    if first.startswith("Config group override must be"):
+        return _no_choice(overrides)
     strange = _unknown_key(overrides)
     if strange is not None:
         return str(strange)
@@ -114,6 +134,14 @@ def _no_such_option(error: MissingConfigException) -> str:
     near = difflib.get_close_matches(option, options, n=1, cutoff=0.5)
     advice = f"did you mean {group}={near[0]}?" if near else f"for example {group}={options[0]}"
     return f"{group}: must be one of {', '.join(options)}, got '{option}'; {advice}"
+
+
+def _no_choice(overrides: Sequence[str]) -> str:
+    """The refusal of a group that was given something else than one of its options."""
+    known = groups()
+    wrong = [word for word in overrides if word.partition("=")[0] in known]
+    group, _, value = (wrong or ["config="])[0].partition("=")
+    return f"{group}: must be one of {', '.join(known.get(group, ()))}, got {value}; see holdfast train --help"
 
 
 def _unknown_key(overrides: Sequence[str]) -> ValueError | None:

@@ -19,6 +19,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if len(arguments) != 1:
         got = " ".join(arguments) or "nothing"
-        raise ValueError(f"holdfast report: must be given one run directory, got {got}; for example holdfast report runs/NAME")
+        raise ValueError(
+            f"holdfast report: must be given one run directory, got {got}; for example holdfast report runs/NAME"
+        )
     print(write(arguments[0]))
     return 0

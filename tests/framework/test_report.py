@@ -118,7 +118,15 @@ def test_the_page_shows_what_happened_and_stands_alone(tmp_path):
     assert page.open == [] and page.links == [] and "@import" not in text and "url(" not in text
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
     assert page.tags.count("svg") == 6 and page.tags.count("table") == 2
-    for words in ("finished", "600 / 600", "1.313", "96.2%", "9f9f9f9f9f9f", "node1 gone with all its processes", "5.2MB"):
+    for words in (
+        "finished",
+        "600 / 600",
+        "1.313",
+        "96.2%",
+        "9f9f9f9f9f9f",
+        "node1 gone with all its processes",
+        "5.2MB",
+    ):
         assert words in page.text, words
     assert "instead of 2x2x1; state of step 176 from parity" in page.text
     assert "does not answer since <4.2 s> & counting" in page.text, "what a run says is text, never markup"
