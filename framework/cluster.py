@@ -7,165 +7,51 @@
 Every actor is named in the run's own namespace and detached, so it lives until the run ends, not until its maker does.
 An actor answers in two lanes: "train" (one thread, in order) and "ctl" (answered while a step blocks the other).
 
-Rule of this file: Ray enters the program here and in `framework/local_cluster.py` and nowhere else, and nothing is decided here.
+Rule of this file: one of the few that Ray enters by (with `ray_calls.py`, `ray_session.py`, `local_cluster.py`). It decides nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
-import signal
 import socket
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
-from ray.actor import ActorHandle
-from ray.exceptions import (
-    ActorUnavailableError,
-    GetTimeoutError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from framework.checkout import code
-from framework.host import Host, tail
-from framework.local_cluster import HEAD_IP, LocalCluster
-from framework.machines import Machines
+from framework.host import tail
+from framework.local_cluster import LocalCluster
+from framework.machines import CONTROL, Machines
 from framework.nodes import (
     DOMAIN_LABEL,
-    NODE_LABEL,
     CallError,
     ClusterError,
-    Exit,
     Node,
     RemoteError,
     WorkerDied,
     WorkerUnavailable,
+    machine_names,
+    natural,
 )
+from framework.ray_calls import Actor, Call, Remote, wait_all, wait_any
+from framework.ray_session import connect, get_facts, namespace, put_facts
+from framework.raylets import HEAD, HEAD_IP
 
 __all__ = [
-    "Call", "CallError", "Cluster", "ClusterError", "Machines", "Remote", "RemoteError", "WorkerDied", "WorkerUnavailable",
-    "tail", "wait_all", "wait_any",
+    "Call", "CallError", "Cluster", "ClusterError", "Machines", "Node", "Remote", "RemoteError", "WorkerDied",
+    "WorkerUnavailable", "tail", "wait_all", "wait_any",
 ]  # fmt: skip
 
-LANES = {"train": 1, "ctl": 4}
 POLL_S = 0.05
-EXIT_NEWS_S = 0.3  # Ray sees the closed socket before the node's book has the wait status
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-
-
-@ray.remote(concurrency_groups=LANES, max_task_retries=0)
-class Actor:
-    """A `Host` with two lanes."""
-
-    def __init__(self, factory: str, payload: dict[str, Any], options: dict[str, Any]) -> None:
-        self._host = Host(factory, payload, **options)
-
-    @ray.method(concurrency_group="train")  # type: ignore[misc]
-    def train(self, method: str, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[str, Any]:
-        """Call the hosted object, in the one training thread."""
-        return self._host.call(method, args, options)
-
-    @ray.method(concurrency_group="ctl")  # type: ignore[misc]
-    def ctl(self, method: str, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[str, Any]:
-        """Call the hosted object, beside the training thread."""
-        return self._host.call(method, args, options)
-
-    @ray.method(concurrency_group="ctl")  # type: ignore[misc]
-    def own(self, method: str, args: Sequence[Any]) -> tuple[str, Any]:
-        """Call the host itself."""
-        return "value", getattr(self._host, method)(*args)
-
-
-class Remote:
-    """Handle of one actor; may be passed to other actors."""
-
-    def __init__(self, handle: ActorHandle, *, name: str, node: str) -> None:
-        self.handle, self.name, self.node = handle, name, node
-        self.worker_id = name.partition(":")[2]
-
-    def call(self, method: str, *args: Any, lane: str = "ctl", **options: Any) -> Call:
-        """Call a method of the hosted object. Returns at once."""
-        return Call(self, method, getattr(self.handle, lane).remote(method, args, options))
-
-    def ready(self) -> Call:
-        """Its result is the process's identity (`Host.identity`); it comes when the constructor has returned."""
-        return Call(self, "identity", self.handle.own.remote("identity", ()))
-
-    def redirect(self, path: str) -> Call:
-        """Send what the process prints to this file from now on."""
-        return Call(self, "redirect", self.handle.own.remote("redirect", (path,)))
-
-    def kill(self) -> None:
-        """End the process for good. Does not wait; a process that is stopped dies when it is continued."""
-        with contextlib.suppress(RayError, ValueError):
-            ray.kill(self.handle, no_restart=True)
-
-    @property
-    def pid(self) -> int | None:
-        """Its process on its node, or None before it has started."""
-        return self.facts().get("Pid") or None
-
-    def facts(self) -> dict[str, Any]:
-        """Ray's record of the actor: State, Address, Pid, DeathCause, ..."""
-        return dict(ray_state.actor_table(self.handle._actor_id.hex()))
-
-    def __repr__(self) -> str:
-        return f"Remote({self.name} on {self.node})"
-
-
-class Call:
-    """One call that is under way."""
-
-    def __init__(self, remote: Remote, method: str, reference: ray.ObjectRef) -> None:
-        self.remote, self.method, self.reference = remote, method, reference
-
-    def done(self) -> bool:
-        """Whether `result` would return or raise at once."""
-        return self.wait(0.0)
-
-    def wait(self, timeout_s: float | None) -> bool:
-        """Wait for its end, however it ends. Returns whether it has ended."""
-        done, _ = ray.wait([self.reference], timeout=timeout_s)
-        return bool(done)
-
-    def result(self, timeout_s: float | None = None) -> Any:
-        """What the method returned.
-
-        Raises TimeoutError, WorkerDied, WorkerUnavailable, or RemoteError with what the method raised.
-        """
-        try:
-            how, value = ray.get(self.reference, timeout=timeout_s)
-        except GetTimeoutError:
-            raise TimeoutError(f"{self.remote.name}.{self.method}: must answer within {timeout_s} s, it did not") from None
-        except RayError as error:
-            raise _decoded(self.remote, error) from error
-        if how == "raised":
-            kind, message, text = value
-            raise RemoteError(actor=self.remote.name, node=self.remote.node, kind=kind, message=message, traceback=text)
-        return value
-
-
-def wait_any(calls: Sequence[Call], timeout_s: float | None) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """Wait until one has ended. Returns all that have ended by then, and those still under way."""
-    return _wait(calls, 1, timeout_s)
-
-
-def wait_all(calls: Sequence[Call], timeout_s: float | None) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    """Wait until all have ended, or the time is over."""
-    return _wait(calls, len(calls), timeout_s)
 
 
 class Cluster:
@@ -193,10 +79,12 @@ class Cluster:
         domains: Mapping[str, str] | None = None,
         start_timeout_s: float = 60.0,
         import_paths: Sequence[str] = (),
+        early: LocalCluster | None = None,
     ) -> Cluster:
         """The driver's: start a private cluster here (`local`) or join the one at `address`. Raises ClusterError.
 
-        `import_paths` come last on every worker's path: where a user's own model lies.
+        `import_paths` come last on every worker's path: where a user's own model lies. `early` is a local cluster that was
+        begun before Ray was imported, to save its time.
         """
         if ray.is_initialized():
             raise ClusterError("cluster: this process must not be connected to Ray yet, it is; call ray.shutdown() first")
@@ -208,36 +96,35 @@ class Cluster:
         }
         local = None
         if address == "local":
-            local = LocalCluster.start(
-                num_nodes=num_nodes,
-                spare_nodes=spare_nodes,
-                workers_per_node=workers_per_node,
-                gpus_per_node=gpus_per_worker * workers_per_node,
-                domains=domains,
-                start_timeout_s=start_timeout_s,
-            )
+            local = early or LocalCluster.begin()
         began = time.monotonic()
         try:
-            _connect(run_id, address if local is None else local.address, local)
+            if local is not None:
+                local.raise_nodes(
+                    num_nodes=num_nodes + spare_nodes,
+                    workers_per_node=workers_per_node,
+                    gpus_per_node=gpus_per_worker * workers_per_node,
+                    domains=facts["domains"],
+                    timeout_s=start_timeout_s,
+                )
+                address, began = local.address, time.monotonic()
+            if local is not None:
+                os.environ[CONTROL] = local.control
+            connect(run_id, address, node_ip=None if local is None else HEAD_IP)
         except BaseException:
             if local is not None:
                 local.close()
             raise
-        cluster = cls(
-            run_id=run_id,
-            address=address if local is None else local.address,
-            control=None if local is None else local.control,
-            local=local,
-            facts=facts,
-        )
+        control = None if local is None else local.control
+        cluster = cls(run_id=run_id, address=address, control=control, local=local, facts=facts)
         cluster.timings["connect_s"] = time.monotonic() - began
-        _put_facts(run_id, {**facts, "address": cluster.address, "control": cluster.control})
+        put_facts(run_id, {**facts, "address": cluster.address, "control": cluster.control})
         return cluster
 
     @classmethod
     def inside(cls, run_id: str) -> Cluster:
         """The same, from within an actor of the run. Raises ClusterError if there is no such run."""
-        facts = _get_facts(run_id)
+        facts = get_facts(run_id)
         return cls(run_id=run_id, address=facts["address"], control=facts["control"], local=None, facts=facts)
 
     def close(self) -> None:
@@ -255,11 +142,11 @@ class Cluster:
         """All machines, by name; of one that came back, its present life. About 1 ms."""
         draining = set(ray_state.get_draining_nodes())
         rows = sorted(ray.nodes(), key=lambda row: not row["Alive"])
-        names = _names(rows)
+        names = machine_names(rows)
         newest: dict[str, Node] = {}
         for row, name in zip(rows, names, strict=True):
             newest.setdefault(name, self._node(row, name, draining))
-        return tuple(sorted(newest.values(), key=lambda node: _natural(node.name)))
+        return tuple(sorted(newest.values(), key=lambda node: natural(node.name)))
 
     def require(self, *, num_nodes: int, timeout_s: float) -> tuple[Node, ...]:
         """Wait for that many nodes that can hold `workers_per_node` workers each.
@@ -282,8 +169,7 @@ class Cluster:
         """Whether a machine answers right now, without Ray's patience: its raylet takes a connection, and is not stopped."""
         if self.control is not None:
             with contextlib.suppress(ClusterError):
-                machines = Machines(self.control)
-                return machines.names().get(node) == "up" and not _is_stopped(machines.pids(node)[:1])
+                return Machines(self.control).answers(node)
             return False
         found = next((n for n in self.nodes() if n.name == node and n.alive), None)
         if found is None:
@@ -342,6 +228,10 @@ class Cluster:
         if not accepted:
             raise ClusterError(f"drain: {node} must accept the notice, it answered {why}")
 
+    def own_ip(self) -> str:
+        """The address under which other nodes reach this process."""
+        return str(ray.util.get_node_ip_address())
+
     def call_context(self) -> dict[str, Any]:
         """What a process of this run has to agree with."""
         own = code()
@@ -369,7 +259,7 @@ class Cluster:
     ) -> Remote:
         options: dict[str, Any] = {
             "name": f"{name}~{secrets.token_hex(3)}",  # a dead actor's name may not be free yet
-            "namespace": _namespace(self.run_id),
+            "namespace": namespace(self.run_id),
             "lifetime": "detached",
             "max_restarts": restarts,
             "num_cpus": num_cpus,
@@ -386,7 +276,7 @@ class Cluster:
         """Actors of a kind that are not dead, the newest of each name."""
         place = {node.ray_id: node.name for node in self.nodes()}
         found: dict[str, tuple[int, Remote]] = {}
-        space = _namespace(self.run_id)
+        space = namespace(self.run_id)
         for row in ray.util.list_named_actors(all_namespaces=True):
             if row["namespace"] != space or not row["name"].startswith(kind):
                 continue
@@ -396,7 +286,7 @@ class Cluster:
                 facts = remote.facts()
                 if not facts or facts["State"] == "DEAD":
                     continue
-                remote.node = place.get(facts["Address"]["NodeID"], _node_in(name))
+                remote.node = place.get(facts["Address"]["NodeID"], _seat_node(name))
                 if name not in found or facts["StartTime"] > found[name][0]:
                     found[name] = (facts["StartTime"], remote)
         return {remote.worker_id: remote for _, remote in found.values()}
@@ -413,7 +303,7 @@ class Cluster:
         """The node's reservation: a bundle for each of its workers. Made once per life of a node, found again by name."""
         with self._lock:
             if node.ray_id not in self._groups:
-                name = f"{_namespace(self.run_id)}:{node.name}:{node.ray_id[:8]}"
+                name = f"{namespace(self.run_id)}:{node.name}:{node.ray_id[:8]}"
                 try:
                     self._groups[node.ray_id] = get_placement_group(name)
                 except ValueError:
@@ -430,7 +320,7 @@ class Cluster:
 
     def _remove_groups(self) -> None:
         for row in ray.util.placement_group_table().values():
-            if row["name"].startswith(_namespace(self.run_id) + ":") and row["state"] != "REMOVED":
+            if row["name"].startswith(namespace(self.run_id) + ":") and row["state"] != "REMOVED":
                 with contextlib.suppress(ValueError):
                     remove_placement_group(get_placement_group(row["name"]))
 
@@ -444,7 +334,7 @@ class Cluster:
             port=row["NodeManagerPort"],
             alive=row["Alive"],
             draining=row["NodeID"] in draining,
-            head=dedicated or name == "head",
+            head=dedicated or name == HEAD,
             cpus=resources.get("CPU", 0.0),
             gpus=resources.get("GPU", 0.0),
             memory_bytes=int(resources.get("memory", 0)),
@@ -481,179 +371,7 @@ class Cluster:
         )
 
 
-def _wait(calls: Sequence[Call], num: int, timeout_s: float | None) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
-    if not calls:
-        return (), ()
-    references = list({call.reference: None for call in calls})
-    ray.wait(references, num_returns=min(num, len(references)), timeout=timeout_s)
-    ended = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
-    done = tuple(call for call in calls if call.reference in ended)
-    return done, tuple(call for call in calls if call.reference not in ended)
-
-
-def _decoded(remote: Remote, error: RayError) -> CallError:
-    """Which of our errors one of Ray's is."""
-    who = {"actor": remote.name, "node": remote.node}
-    if isinstance(error, ActorUnavailableError):
-        return WorkerUnavailable(**who, cause=_first_line(str(error)))
-    if isinstance(error, RayTaskError) and not isinstance(error, RayActorError):
-        return RemoteError(**who, kind=type(error.cause).__name__, message=str(error.cause), traceback=str(error))
-    if isinstance(error, OutOfMemoryError):
-        return WorkerDied(**who, exit=Exit.OOM, cause="Ray ended it because the node is short of memory")
-    return WorkerDied(**who, **_death(remote, error))
-
-
-def _death(remote: Remote, error: RayError) -> dict[str, Any]:
-    if isinstance(error, RayActorError) and error.actor_init_failed:
-        return {"exit": Exit.INIT, "cause": f"its constructor failed: {_last_line(str(error))}"}
-    facts = {}
-    with contextlib.suppress(Exception):  # the inventory may be out of reach too; the error itself still tells
-        facts = remote.facts()
-    cause = facts.get("DeathCause")
-    context = cause.actor_died_error_context if cause is not None else None
-    reason = context.reason if context is not None else 0
-    status = _exit_status(int(facts.get("Pid") or (context.pid if context is not None else 0)))
-    text = f"{error} {context.error_message if context is not None else ''}"
-    if reason == 3 or _node_is_down(remote.node) or "node died" in text.lower():
-        return {"exit": Exit.NODE, "cause": f"node {remote.node} died"}
-    if reason == 4:
-        return {"exit": Exit.KILLED, "cause": "it was ended by ray.kill"}
-    if status is not None:
-        return _told_apart(*status)
-    if cause is not None and cause.HasField("oom_context"):
-        return {"exit": Exit.OOM, "cause": "Ray ended it because the node is short of memory"}
-    return {"exit": Exit.UNKNOWN, "cause": _detail(text)}
-
-
-def _told_apart(exit_code: int, out_of_memory: bool) -> dict[str, Any]:
-    if exit_code >= 0:
-        return {"exit": Exit.EXITED, "cause": f"exited with code {exit_code}"}
-    name = signal.Signals(-exit_code).name
-    if out_of_memory and -exit_code == signal.SIGKILL:
-        return {"exit": Exit.OOM, "signal": 9, "cause": "killed by signal 9 (SIGKILL) as the kernel ran out of memory"}
-    return {"exit": Exit.SIGNAL, "signal": -exit_code, "cause": f"killed by signal {-exit_code} ({name})"}
-
-
-def _exit_status(pid: int) -> tuple[int, bool] | None:
-    control = os.environ.get("HOLDFAST_CONTROL")
-    return Machines(control).exit_status(pid, wait_s=EXIT_NEWS_S) if control and pid else None
-
-
-def _node_is_down(name: str) -> bool:
-    control = os.environ.get("HOLDFAST_CONTROL")
-    if control:
-        with contextlib.suppress(ClusterError):
-            return Machines(control).names().get(name) == "dead"
-    rows = [row for row in ray.nodes() if row["Alive"]]
-    return bool(name) and name not in _names(rows)
-
-
-def _connect(run_id: str, address: str, local: LocalCluster | None) -> None:
-    """Join a cluster from a neutral place, so that nothing of the user's working directory is on a worker's path."""
-    if local is not None:
-        local.enter()
-        os.environ["HOLDFAST_CONTROL"] = local.control
-    options: dict[str, Any] = {"_node_ip_address": HEAD_IP} if local is not None else {}
-    with _neutral_place(), _kept_signals():
-        try:
-            ray.init(
-                address=address,
-                namespace=_namespace(run_id),
-                log_to_driver=False,
-                logging_level="ERROR",
-                configure_logging=True,
-                **options,
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(f"cluster.address: a Ray cluster must answer at {address}, got: {_first_line(str(error))}") from error
-
-
-@contextlib.contextmanager
-def _neutral_place() -> Iterator[None]:
-    """Ray puts the driver's directory and its script's first on every worker's path: make them an empty folder."""
-    before, script = os.getcwd(), sys.argv[:1]
-    with tempfile.TemporaryDirectory(prefix="holdfast-empty-") as empty:
-        os.chdir(empty)
-        sys.argv[:1] = [os.path.join(empty, "driver")]
-        try:
-            yield
-        finally:
-            os.chdir(before)
-            sys.argv[:1] = script
-
-
-@contextlib.contextmanager
-def _kept_signals() -> Iterator[None]:
-    """Ray installs its own SIGTERM handler; the program's must stay."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:
-                signal.signal(number, handler)
-
-
-def _put_facts(run_id: str, facts: Mapping[str, Any]) -> None:
-    import json
-
-    from ray.experimental.internal_kv import _internal_kv_put
-
-    _internal_kv_put(_facts_key(run_id), json.dumps(facts), overwrite=True)
-
-
-def _get_facts(run_id: str) -> dict[str, Any]:
-    import json
-
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    text = _internal_kv_get(_facts_key(run_id))
-    if text is None:
-        raise ClusterError(f"run_id: must be a run of this cluster, got {run_id}")
-    return dict(json.loads(text))
-
-
-def _facts_key(run_id: str) -> bytes:
-    return f"{_namespace(run_id)}:facts".encode()
-
-
-def _namespace(run_id: str) -> str:
-    return f"holdfast:{run_id}"
-
-
-def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A name for each machine: its label, else Ray's name for it, else its address; told apart by id where two share one."""
-    names = [(row.get("Labels") or {}).get(NODE_LABEL) or row.get("NodeName") or row["NodeManagerAddress"] for row in rows]
-    alive = [name for name, row in zip(names, rows, strict=True) if row["Alive"]]
-    return [f"{n}-{row['NodeID'][:4]}" if alive.count(n) > 1 else n for n, row in zip(names, rows, strict=True)]
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part or 0), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
-def _node_in(name: str) -> str:
-    return name.partition(":")[2].rpartition(".")[0]
-
-
-def _is_stopped(pids: Sequence[int]) -> bool:
-    for pid in pids:
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", errors="replace") as stat:
-            return stat.read().rpartition(")")[2].split()[0] in "TtZX"
-    return True
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else "no reason given"
-
-
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else "no reason given"
-
-
-def _detail(text: str) -> str:
-    found = re.search(r"exit detail: (.+?)(\. |$)", text, re.DOTALL)
-    return _first_line(found.group(1) if found else text)
+def _seat_node(name: str) -> str:
+    """The node in the name of an actor that has not been placed yet: of `worker:n3.1` and `vault:n3` it is n3."""
+    kind, _, rest = name.partition(":")
+    return rest if kind == "vault" else rest.rpartition(".")[0]

@@ -79,8 +79,8 @@ def load(factory: str) -> Any:
 def tail(path: str, lines: int = 20) -> str:
     """The last lines of a log, or nothing if it is not there."""
     try:
-        with open(path, "rb") as log:
-            log.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
+        with Path(path).open("rb") as log:
+            log.seek(max(0, Path(path).stat().st_size - TAIL_BYTES))
             return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
     except OSError:
         return ""

@@ -16,6 +16,7 @@ from typing import Any
 
 from framework.nodes import ClusterError
 
+CONTROL = "HOLDFAST_CONTROL"  # environment variable of every process of a local cluster: the socket's path
 ANSWER_S = 30.0
 START_S = 30.0
 
@@ -34,6 +35,14 @@ class Machines:
         """Live processes of a machine, its raylet first."""
         return tuple(self._ask("pids", node=node))
 
+    def answers(self, node: str) -> bool:
+        """Whether a machine is up and not stopped. A fraction of a millisecond."""
+        pid = self._ask("raylet", node=node)
+        try:
+            return bool(pid) and Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "TtZX"
+        except OSError:
+            return False
+
     def kill(self, node: str) -> tuple[int, ...]:
         """Crash a machine: every process is dead on return, its part of /dev/shm is empty. Returns their pids."""
         return tuple(self._ask("kill", node=node))
@@ -48,13 +57,21 @@ class Machines:
 
     def add(self, node: str) -> None:
         """Start a new machine, or a dead one again. Returns when its raylet answers; Ray lists it some 0.1 s later."""
-        folder = self._ask("add", node=node)["DIR"]
+        folder = self.launch(node)
         deadline = time.monotonic() + START_S
         while not _listens(f"{folder}/raylet"):
             if self.names().get(node) == "dead" or time.monotonic() > deadline:
                 log = Path(folder, "raylet.log")
                 raise ClusterError(f"add: the raylet of {node} must come up within {START_S:.0f} s, it did not; see {log}")
             time.sleep(0.02)
+
+    def configure(self, template: dict[str, Any]) -> None:
+        """How a raylet is started (`framework/raylets.py`)."""
+        self._ask("template", template=template)
+
+    def launch(self, node: str) -> str:
+        """`add` without waiting. Returns the node's folder."""
+        return str(self._ask("add", node=node)["DIR"])
 
     def shm_dir(self, node: str) -> str:
         """The machine's own folder in /dev/shm. It is emptied by `kill` and gone when the cluster is."""

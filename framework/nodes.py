@@ -5,9 +5,11 @@ Rule of this file: values only. It knows neither Ray nor processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 NODE_LABEL = "holdfast.io/node"
 DOMAIN_LABEL = "holdfast.io/domain"
@@ -55,7 +57,7 @@ class CallError(RuntimeError):
         self.actor, self.node = actor, node
 
 
-class WorkerDied(CallError):
+class WorkerDied(CallError):  # noqa: N818  (an event, not a mistake)
     """The process behind the actor is gone for good."""
 
     def __init__(self, *, actor: str, node: str, exit: Exit, cause: str, signal: int | None = None) -> None:
@@ -63,7 +65,7 @@ class WorkerDied(CallError):
         self.exit, self.cause, self.signal = exit, cause, signal
 
 
-class WorkerUnavailable(CallError):
+class WorkerUnavailable(CallError):  # noqa: N818
     """The actor cannot be reached now; mostly WorkerDied follows."""
 
     def __init__(self, *, actor: str, node: str, cause: str) -> None:
@@ -77,3 +79,18 @@ class RemoteError(CallError):
     def __init__(self, *, actor: str, node: str, kind: str, message: str, traceback: str) -> None:
         super().__init__(f"{actor} on {node} raised {kind}: {message}", actor=actor, node=node)
         self.kind, self.message, self.traceback = kind, message, traceback
+
+
+def machine_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A name for each machine of Ray's node table: its label, else Ray's name for it, else its address.
+
+    Where several living machines share one, the id tells them apart.
+    """
+    names = [(row.get("Labels") or {}).get(NODE_LABEL) or row.get("NodeName") or row["NodeManagerAddress"] for row in rows]
+    alive = [name for name, row in zip(names, rows, strict=True) if row["Alive"]]
+    return [f"{n}-{row['NodeID'][:4]}" if alive.count(n) > 1 else n for n, row in zip(names, rows, strict=True)]
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key under which n2 comes before n10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

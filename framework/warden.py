@@ -17,7 +17,6 @@ block on anything but a dying process. It knows argument lists, not Ray. Sources
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import selectors
@@ -28,6 +27,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TICK_S = 0.5
@@ -38,7 +38,7 @@ prctl = ctypes.CDLL(None, use_errno=True).prctl
 class Warden:
     """Owns processes by node name. Every request of the control socket is a method named `do_<name>`."""
 
-    def __init__(self, spec: dict) -> None:
+    def __init__(self, spec: dict[str, Any]) -> None:
         self.dir, self.shm = Path(spec["dir"]), Path(spec["shm"])
         self.env: dict[str, str] = spec["env"]
         self.zygote_command: list[str] = spec["zygote"]
@@ -47,10 +47,8 @@ class Warden:
         self.nodes: dict[str, dict[str, str]] = {}
         self.raylets: dict[str, int] = {}
         self.state: dict[str, str] = {}
-        self.template: dict = {}
+        self.template: dict[str, Any] = {}
         self.ending = False
-        self.lease = open(self.dir / "lease", "w")  # noqa: SIM115  (held for life: tells a live cluster's folder from a dead one's)
-        fcntl.flock(self.lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (self.book / "exits").mkdir(parents=True)
         self.shm.mkdir(mode=0o700)
         self.forks = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -59,11 +57,11 @@ class Warden:
         self.gcs = self._spawn(spec["gcs"], log="gcs_server")
         self.zygote = self._spawn_zygote()
 
-    def do_template(self, template: dict) -> None:
+    def do_template(self, template: dict[str, Any]) -> None:
         """How a raylet is started: `argv` with @NAME@ placeholders, `files` it expects, and `nodes` with what replaces them."""
         self.template = template
 
-    def do_add(self, node: str, wait: bool = False) -> dict[str, str]:
+    def do_add(self, node: str) -> dict[str, str]:
         """Start a machine: a new one, or a dead one that comes back."""
         if self.state.get(node) in ("up", "stopped"):
             raise ValueError(f"add: node must be new or dead, got {node} which is {self.state[node]}; kill it first")
@@ -100,6 +98,11 @@ class Warden:
         """Live processes of a machine, its raylet first."""
         self._known(node)
         return self._pids(node)
+
+    def do_raylet(self, node: str) -> int:
+        """The process whose life is the machine's, or 0 if it is not up."""
+        self._reap()
+        return self.raylets[node] if self.state.get(node) == "up" else 0
 
     def do_names(self) -> dict[str, str]:
         """What every machine is: up, stopped or dead."""
@@ -157,7 +160,7 @@ class Warden:
                 pass  # the client has gone
 
     def _values(self, node: str) -> dict[str, str]:
-        given = self.template["nodes"].get(node) or {**self.template["default"], "IP": f"127.1.0.{len(self.nodes) + 1}"}
+        given = self.template["nodes"].get(node) or {**self.template["default"], "IP": f"127.0.200.{len(self.nodes) + 1}"}
         words = {"NODE": node, "DIR": str(self.dir / node), "SHM": str(self.shm / node), "ID": os.urandom(28).hex(), "HEAD": "", "HEADFLAG": "", **given}
         labels = {"holdfast.io/node": node, **json.loads(words.get("LABELS", "{}"))}
         return {**words, "LABELS": json.dumps(labels)}
@@ -171,7 +174,7 @@ class Warden:
 
     def _spawn(self, argv: list[str], *, log: str, env: dict[str, str] | None = None, fds: tuple[int, ...] = ()) -> int:
         argv = [word.replace('"@LISTENER@"', str(fds[0])) if fds else word for word in argv]
-        with open(self.dir / f"{log}.log", "ab") as output:
+        with (self.dir / f"{log}.log").open("ab") as output:
             process = subprocess.Popen(
                 argv, env={**self.env, **(env or {})}, cwd=self.dir / "empty", stdin=subprocess.DEVNULL, stdout=output,
                 stderr=output, pass_fds=fds, start_new_session=True, preexec_fn=_die_with_parent,
@@ -245,14 +248,14 @@ def _signal_all(pids: list[int], number: int) -> None:
 def _processes() -> dict[int, tuple[int, int, bool]]:
     """pid: (parent, session, not a zombie) of every process of this machine."""
     found = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
             try:
-                text = Path("/proc", name, "stat").read_text(errors="replace")
+                text = (folder / "stat").read_text(errors="replace")
             except OSError:
                 continue
             words = text.rpartition(")")[2].split()
-            found[int(name)] = (int(words[1]), int(words[3]), words[0] not in "ZX")
+            found[int(folder.name)] = (int(words[1]), int(words[3]), words[0] not in "ZX")
     return found
 
 

@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 MAX_REQUEST_BYTES = 1 << 20
 RUNTIME_ENV_WORDS = ("--language=", "--serialized-runtime-env-context=")  # Ray's set-up program, which we stand in for, eats these
@@ -29,7 +30,7 @@ FIXED_AT_IMPORT = ("RAY_JOB_ID",)  # libraries read these once, when they are lo
 
 def launch(address: str, argv: list[str]) -> None:
     """What the raylet executes in place of a worker: hands its command, environment and output files to the zygote."""
-    request = json.dumps({"argv": argv, "env": dict(os.environ), "cwd": os.getcwd()}).encode()
+    request = json.dumps({"argv": argv, "env": dict(os.environ), "cwd": str(Path.cwd())}).encode()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         channel.connect(address)
         socket.send_fds(channel, [len(request).to_bytes(8, "little")], [0, 1, 2])
@@ -85,7 +86,7 @@ def _import(name: str) -> None:
         print(f"zygote: {name} cannot be preloaded: {error!r}", file=sys.stderr, flush=True)
 
 
-def _receive(channel: socket.socket) -> tuple[dict | None, list[int]]:
+def _receive(channel: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     header, fds, _, _ = socket.recv_fds(channel, 8, 3)
     size = int.from_bytes(header, "little")
     body = b""
@@ -101,7 +102,7 @@ def _receive(channel: socket.socket) -> tuple[dict | None, list[int]]:
     return json.loads(body), fds
 
 
-def _become_worker(request: dict, fds: list[int], book: Path, after_fork: str) -> None:
+def _become_worker(request: dict[str, Any], fds: list[int], book: Path, after_fork: str) -> None:
     """In the fork: looks in every respect like a process started with this command. Never returns."""
     try:
         os.setsid()

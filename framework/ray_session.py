@@ -1,0 +1,97 @@
+"""Joining Ray, without its side effects: from a neutral folder, with our signal handlers, silent, by an explicit address.
+
+Ray puts the driver's working directory and the folder of its script first on the path of every worker, so that a stray
+`launch.py` in a user's folder would be imported there; it installs a SIGTERM handler; and it prints remarks on dead actors
+to standard output. None of that happens here.
+
+Rule of this file: one of the few that Ray enters by. It also keeps the facts of a run that an actor needs to find its way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+from framework.nodes import ClusterError
+
+
+def namespace(run_id: str) -> str:
+    """Where the run's actors have their names."""
+    return f"holdfast:{run_id}"
+
+
+def put_facts(run_id: str, facts: Mapping[str, Any]) -> None:
+    """Tell every process of the cluster what this run is."""
+    _internal_kv_put(_facts_key(run_id), json.dumps(facts), overwrite=True)
+
+
+def get_facts(run_id: str) -> dict[str, Any]:
+    """What `put_facts` told. Raises ClusterError if there is no such run."""
+    text = _internal_kv_get(_facts_key(run_id))
+    if text is None:
+        raise ClusterError(f"run_id: must be a run of this cluster, got {run_id}")
+    return dict(json.loads(text))
+
+
+def connect(run_id: str, address: str, *, node_ip: str | None = None) -> None:
+    """Make this process the run's driver. `node_ip` tells which node is this one, if several are on this machine.
+
+    Raises ClusterError.
+    """
+    options = {} if node_ip is None else {"_node_ip_address": node_ip}
+    ray._private.worker.print_to_stdstream = _quiet
+    with _neutral_place(), _kept_signals():
+        try:
+            ray.init(address, namespace=namespace(run_id), log_to_driver=False, logging_level="ERROR", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            why = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise ClusterError(f"cluster.address: a Ray cluster must answer at {address}, got: {why}") from error
+
+
+def _quiet(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    for line in data["lines"]:
+        logging.getLogger("holdfast.ray").debug(line)
+
+
+@contextlib.contextmanager
+def _neutral_place() -> Iterator[None]:
+    before, script = Path.cwd(), sys.argv[:1]
+    with tempfile.TemporaryDirectory(prefix="holdfast-empty-") as empty:
+        os.chdir(empty)
+        sys.argv[:1] = [str(Path(empty) / "driver")]
+        try:
+            yield
+        finally:
+            os.chdir(before)
+            sys.argv[:1] = script
+
+
+@contextlib.contextmanager
+def _kept_signals() -> Iterator[None]:
+    """Ray installs its own SIGTERM handler; the program's must stay."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def _facts_key(run_id: str) -> bytes:
+    return f"{namespace(run_id)}:facts".encode()
