@@ -25,36 +25,29 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 
-class Rope(nn.Module):
-    """Rotary position embedding. It has no state: its table is a function of length, width and base, kept for reuse."""
+def rope_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(cosines, sines) of the rotation at each position, fp32, shape (T, 1, E/2).
 
-    def __init__(self, *, head_dim: int, theta: float) -> None:
-        super().__init__()
-        self.head_dim, self.theta = head_dim, theta
-        self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+    Made anew for every call, which costs a hundredth of a small layer and nothing of a large one: a table kept from
+    the first call makes the recomputation of activation checkpointing, and compiled graphs, differ from the first.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), theta**-exponent)
+    return angle.cos()[:, None, :], angle.sin()[:, None, :]
 
-    def forward(self, x_BTHE: Tensor) -> Tensor:
-        """Rotate each pair (i, i + E/2) of a head by an angle that grows with the position; computed in fp32."""
-        cos, sin = self._table(x_BTHE.shape[1], x_BTHE.device)
-        first, second = x_BTHE.float().chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTHE.dtype)
 
-    def _table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (length, device)
-        if key not in self._tables:
-            exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-            angle_TE = torch.outer(torch.arange(length, device=device, dtype=torch.float32), self.theta**-exponent)
-            self._tables[key] = (angle_TE.cos()[:, None, :], angle_TE.sin()[:, None, :])
-        return self._tables[key]
+def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding: each pair (i, i + E/2) of a head, turned by its position's angle, in fp32."""
+    first, second = x_BTHE.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BTHE.dtype)
 
 
 class Attention(nn.Module):
     """Causal self-attention with grouped key and value heads."""
 
-    def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, rope: Rope) -> None:
+    def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, rope_theta: float) -> None:
         super().__init__()
-        self.head_dim = rope.head_dim
-        self.rope = rope
+        self.head_dim, self.rope_theta = dim // num_heads, rope_theta
         self.wq = nn.Linear(dim, num_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
@@ -62,9 +55,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        q_BTHE = self.rope(self._heads(self.wq(x_BTD)))
-        k_BTKE = self.rope(self._heads(self.wk(x_BTD)))
-        v_BTKE = self._heads(self.wv(x_BTD))
+        q_BTHE, k_BTKE, v_BTKE = (self._heads(project(x_BTD)) for project in (self.wq, self.wk, self.wv))
+        cos, sin = rope_table(q_BTHE.shape[1], self.head_dim, self.rope_theta, q_BTHE.device)
+        q_BTHE, k_BTKE = rotate(q_BTHE, cos, sin), rotate(k_BTKE, cos, sin)
         out_BHTE = scaled_dot_product_attention(
             q_BTHE.transpose(1, 2),
             k_BTKE.transpose(1, 2),
@@ -96,11 +89,11 @@ class Block(nn.Module):
     """One layer: attention, then feed-forward, each on the normed stream and added back to it."""
 
     def __init__(
-        self, *, dim: int, num_heads: int, num_kv_heads: int, ffn_dim: int, norm_eps: float, rope: Rope
+        self, *, dim: int, num_heads: int, num_kv_heads: int, ffn_dim: int, rope_theta: float, norm_eps: float
     ) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
-        self.attention = Attention(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, rope=rope)
+        self.attention = Attention(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, rope_theta=rope_theta)
         self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.ffn = FeedForward(dim=dim, ffn_dim=ffn_dim)
 
@@ -129,7 +122,6 @@ class Decoder(nn.Module):
         super().__init__()
         _check_heads(dim, num_heads, num_kv_heads)
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
-        rope = Rope(head_dim=dim // num_heads, theta=rope_theta)
         self.embed: nn.Module | None = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleDict(
             {
@@ -138,8 +130,8 @@ class Decoder(nn.Module):
                     num_heads=num_heads,
                     num_kv_heads=num_kv_heads,
                     ffn_dim=ffn_dim,
+                    rope_theta=rope_theta,
                     norm_eps=norm_eps,
-                    rope=rope,
                 )
                 for i in range(num_layers)
             }

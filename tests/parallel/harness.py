@@ -72,8 +72,9 @@ class Pool:
         try:
             if self._pipes[rank].poll(timeout_s):
                 return self._pipes[rank].recv()  # type: ignore[no-any-return]
-        except EOFError:
-            return "the process died", None
+        except (EOFError, ConnectionResetError):
+            self._workers[rank].join(5)
+            return f"the process died, exit code {self._workers[rank].exitcode}", None
         return f"no answer within {timeout_s} s", None
 
     def kill(self, rank: int) -> None:

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.distributed.pipelining  # noqa: F401  loaded before the fork
+from torch import nn
 from torch._C._distributed_c10d import Store
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from framework.initial import InitialWeights
 from framework.model import Decoder
 from parallel.assemble import meta
+from parallel.boxes import Box
 from parallel.checks import Wrapping
 from parallel.engine import EngineOptions, FsdpEngine
 from parallel.layout import Layout
@@ -35,6 +38,11 @@ TINY: dict[str, Any] = {
 }
 
 
+# Adam's first step is lr * g / (|g| + eps): where a gradient happens to be as small as its own rounding, layouts differ
+# by a good part of lr. Later steps are divided by a past that is not. Hence the warm-up, here as in the product.
+WARMUP_STEPS = 10
+
+
 @dataclass(frozen=True)
 class Job:
     """A training run in a test. `samples` of the global batch; each replica's share is padded to its microbatches."""
@@ -46,10 +54,16 @@ class Job:
     samples: int = 8
     seq_len: int = 64
     model: dict[str, Any] = field(default_factory=lambda: dict(TINY))
+    target: type[nn.Module] = Decoder
     wrapping: dict[str, Any] = field(default_factory=dict)
     lr: float = 3e-3
     clip: float = 1.0
     seed: int = 7
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return Layout.parse(self.layout).world
 
     def but(self, **changes: Any) -> Job:
         """This job, changed."""
@@ -92,7 +106,7 @@ def share(job: Job, layout: Layout, dp: int, tokens: torch.Tensor, labels: torch
 
 def engine_for(job: Job, mesh: Mesh) -> FsdpEngine:
     """The engine of a job, with its first weights."""
-    build = functools.partial(Decoder, **job.model)
+    build = functools.partial(job.target, **job.model)
     wrapping = Wrapping(**job.wrapping)
     options = EngineOptions(schedule=job.schedule, num_microbatches=job.num_microbatches, wrapping=wrapping)
     engine = FsdpEngine(build, mesh=mesh, options=options)
@@ -107,7 +121,7 @@ def step_once(job: Job, mesh: Mesh, engine: FsdpEngine, step: int) -> tuple[floa
     loss = engine.forward_backward(tokens, labels, num_tokens=num_tokens)
     sums = mesh.sum(torch.stack([loss, engine.grad_square_sum()]))
     norm = float(sums[1]) ** 0.5
-    engine.update(step=step, lr=job.lr, grad_scale=min(1.0, job.clip / norm))
+    engine.update(step=step, lr=job.lr * min(1.0, step / WARMUP_STEPS), grad_scale=min(1.0, job.clip / norm))
     return float(sums[0]) / num_tokens, norm
 
 
@@ -115,7 +129,11 @@ def train(store: Store, rank: int, generation: int, job: Job) -> Trained:
     """Train a job from its first weights."""
     mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
     engine = engine_for(job, mesh)
-    rows = [step_once(job, mesh, engine, step) for step in range(1, job.steps + 1)]
+    return _finish(rank, job, mesh, engine, range(1, job.steps + 1))
+
+
+def _finish(rank: int, job: Job, mesh: Mesh, engine: FsdpEngine, steps: range) -> Trained:
+    rows = [step_once(job, mesh, engine, step) for step in steps]
     tokens, labels = share(job, mesh.layout, mesh.seat[1], *batch(job, 0))
     val = float(mesh.sum(engine.evaluate(tokens, labels))) / (job.samples * job.seq_len)
     boxes = {piece.tensor: piece.box for piece in engine.atlas.held(rank)}
@@ -155,8 +173,6 @@ def _offsets(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]
     """(start, shape) of the local part, found by cutting a tensor of indices with DTensor's own rules."""
     if not isinstance(parameter, DTensor):
         return (0,) * parameter.ndim, tuple(parameter.shape)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     assert tuple(parameter.to_local().shape) == tuple(shape)
     return tuple(offset), tuple(shape)
@@ -203,3 +219,51 @@ def _sever_on_request(store: Store, mesh: Mesh, key: str) -> threading.Thread:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def train_from(store: Store, rank: int, generation: int, job: Job, step: int, whole: dict[str, np.ndarray]) -> Trained:
+    """Load a logical state of `step` steps by boxes, and train on from there."""
+    mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
+    engine = engine_for(job, mesh)
+    state = engine.state()
+    for piece in engine.atlas.held(rank):
+        inside = piece.box.within(Box.whole(engine.atlas.by_name[piece.tensor].shape))
+        state[piece.tensor].copy_(torch.from_numpy(whole[piece.tensor][inside].copy()))
+    engine.loaded(step)
+    return _finish(rank, job, mesh, engine, range(step + 1, job.steps + 1))
+
+
+def keeps_its_promises(store: Store, rank: int, generation: int, job: Job) -> list[str]:
+    """Look for broken promises of `Engine`. Returns what was found."""
+    mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
+    engine = engine_for(job, mesh)
+    broken = []
+    before = {name: tensor.data_ptr() for name, tensor in engine.state().items()}
+    first = {name: tensor.clone() for name, tensor in engine.state().items()}
+    tokens, labels = share(job, mesh.layout, mesh.seat[1], *batch(job, 1))
+    losses = [float(mesh.sum(engine.forward_backward(tokens, labels, num_tokens=100))) for _ in range(2)]
+    twice = float(mesh.sum(engine.grad_square_sum()))
+    engine.discard()
+    engine.forward_backward(tokens, labels, num_tokens=100)
+    once = float(mesh.sum(engine.grad_square_sum()))
+    if abs(twice / once - 4) > 1e-5:
+        broken.append(f"gradients of two passes must add up, squared norms {once} and {twice}")
+    engine.discard()
+    if losses[0] != losses[1] or any(not torch.equal(first[name], t) for name, t in engine.state().items()):
+        broken.append("what is discarded must leave no trace")
+    if abs(float(mesh.sum(engine.evaluate(tokens, labels))) / losses[0] - 1) > 1e-6:
+        broken.append("evaluate must give the loss of forward_backward")
+    engine.forward_backward(tokens, labels, num_tokens=100)
+    engine.update(step=1, lr=1e-3, grad_scale=1.0)
+    if before != {name: tensor.data_ptr() for name, tensor in engine.state().items()}:
+        broken.append("state must be live memory")
+    if all(torch.equal(first[name], t) for name, t in engine.state().items()):
+        broken.append("an update must change the state")
+    try:
+        engine.forward_backward(tokens[:1].repeat(3, 1), labels[:1].repeat(3, 1), num_tokens=1)
+        broken.append("a batch that does not divide must be refused")
+    except ValueError:
+        pass
+    engine.close()
+    mesh.close()
+    return broken
