@@ -1,0 +1,86 @@
+"""Housekeeper: the vault's slow thread. It re-reads what is held, and gives up versions that take too long.
+
+    every tick:   a few chunks, as many as `scrub_bytes_s` allows, are hashed again; one that fails is marked bad,
+                  which erases it (reads are hashed anyway; this finds the damage while parity can still mend it)
+                  a version that is pending for longer than `deadline_s` is abandoned by the coordinator
+
+Rule of this file: it reads blocks and marks them; it never writes one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fault_tolerance.version import Version
+
+if TYPE_CHECKING:
+    from fault_tolerance.vault import Vault
+
+TICK_S = 0.2
+
+
+class Housekeeper:
+    """A daemon thread that ends when the vault is closed."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self._chunks: Iterator[tuple[Version, str, int, int]] = iter(())
+
+    def start(self) -> None:
+        """Begin."""
+        threading.Thread(target=self._run, daemon=True, name="housekeeper").start()
+
+    def _run(self) -> None:
+        while not self._vault.closed.wait(TICK_S):
+            self._give_up()
+            plan = self._vault.plan
+            if plan is not None and plan.scrub_bytes_s > 0:
+                self.scrub(plan.scrub_bytes_s * TICK_S)
+
+    def _give_up(self) -> None:
+        vault, now = self._vault, time.monotonic()
+        with vault.changed:
+            late = [v for v in vault.versions.values() if v.pending and now - v.began > v.plan.deadline_s]
+        for version in late:
+            if version.plan.coordinator == vault.node:
+                vault.announce(version, "abandon", f"not protected within {version.plan.deadline_s:g} s")
+
+    def scrub(self, budget_bytes: float) -> None:
+        """Check chunks in turn until the budget is used up, one at least."""
+        while budget_bytes > 0:
+            item = next(self._chunks, None)
+            if item is None:
+                self._chunks = self._held()
+                item = next(self._chunks, None)
+                if item is None:
+                    return
+            budget_bytes -= self._check(*item)
+
+    def _held(self) -> Iterator[tuple[Version, str, int, int]]:
+        with self._vault.changed:
+            versions = list(self._vault.versions.values())
+            blocks = [(v, kind, index) for v in versions for kind, index in v.blocks()]
+        for version, kind, index in blocks:
+            for chunk in range(version.plan.num_chunks(version.real_bytes(kind, index))):
+                yield version, kind, index, chunk
+
+    def _check(self, version: Version, kind: str, index: int, chunk: int) -> int:
+        vault = self._vault
+        with vault.changed:
+            segment = version.data if kind == "data" else version.parity
+            if version.dropped or segment is None or (kind, index, chunk) in version.bad:
+                return 1
+            pool = vault.data_pool if kind == "data" else vault.parity_pool
+            pinned = pool.pinned(segment)
+            pinned.__enter__()
+        try:
+            good = version.check(kind, index, chunk)
+        finally:
+            pinned.__exit__(None, None, None)
+        if not good:
+            facts = {"generation": version.plan.generation, "step": version.step, "block": f"{kind} {index}"}
+            vault.events.add("bad_chunk", **facts, chunk=chunk)
+        return version.plan.chunk_bytes

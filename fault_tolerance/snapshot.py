@@ -1,0 +1,265 @@
+"""Snapshotter: a worker's end of a snapshot. It copies the rank's state to the vault while the rank trains on.
+
+    step s:  update | begin(s) ------------------------------------- gate() | update
+                        forward, backward of s + 1                     ^
+                        background: copy, copy, copy, copied -> staged |  waits only if the copy is not done yet
+
+How to use it, once a generation's plan is open on the vaults:
+
+    snapshotter = Snapshotter(plan, rank=rank, secret=secret)
+    ...
+    if agreed_by_all(snapshotter.ready()):                     # e.g. in an all-reduce that happens anyway
+        snapshotter.begin(step, {"samples": 4096}, engine.state())
+    ...
+    stall_s = snapshotter.gate()                               # just before anything writes to the state
+    snapshotter.close()                                        # at the end of the generation
+
+`begin` returns at once. Between `begin` and `gate` nobody may write to the tensors. Trouble with the vault never
+raises in the training loop: `failure` says what it was, `ready()` is False from then on, and the controller, who sees
+the vault die, decides. All ranks must begin the same steps: a step that some rank skips is never protected.
+
+On a GPU the copy goes through two pinned buffers on a stream of its own, after an event on the caller's stream; `gate`
+returns when the device's memory has been read.
+
+Rule of this file: it reads tensors and writes its slab. Hashing, digests and coding are the vault's work, in its own
+process, so they cost the training process nothing.
+Source: the lazy copy with a gate before the update is DataStates-LLM's (HPDC 2024).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fault_tolerance.arena import CONTROL_WORDS, PAGE, map_shared
+from fault_tolerance.pace import Pace
+from fault_tolerance.slab import Entry
+from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.wire import Refused, WireError, connect, local_address
+
+COPY_BYTES = 4 << 20
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(slots=True)
+class _Job:
+    step: int
+    extra: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    event: Any = None
+    copied: threading.Event = field(default_factory=threading.Event)
+    copy_s: float = 0.0
+
+
+class Snapshotter:
+    """One rank, one generation. All methods are for the training thread."""
+
+    def __init__(
+        self,
+        plan: SnapshotPlan,
+        *,
+        rank: int,
+        secret: bytes,
+        copy_bytes_s: float | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """Attach to this node's vault. `copy_bytes_s` paces the copy, so that it disturbs the compute less.
+
+        Raises WireError if the vault does not answer, Refused if this generation is over there.
+        """
+        self._plan, self.rank, self._slab = plan, rank, plan.slab(rank)
+        self._base = plan.base_of(rank)
+        self._held = {piece.tensor: piece.box for piece in plan.atlas.held(rank)}
+        self._pace = Pace(copy_bytes_s)
+        self.failure = ""
+        self.stall_s = 0.0
+        self.copy_s = 0.0
+        self._pinned: list[torch.Tensor] = []
+        self._stream: Any = None
+        self._segments: dict[int, NDArray[np.uint8]] = {}
+        address = local_address(plan.run, plan.seats[rank])
+        self._channel = connect(address, run=plan.run, secret=secret, timeout_s=timeout_s)
+        try:
+            self._attach()
+        except (WireError, Refused):
+            self._channel.close()
+            raise
+        self._job: _Job | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="snapshotter")
+        self._thread.start()
+
+    def ready(self) -> bool:
+        """Whether the vault has room for another version now. Costs nothing: it reads a word of shared memory."""
+        busy = self._job is not None and not self._job.copied.is_set()
+        return not self.failure and not busy and self._word("ready") == 1 and not self.fenced
+
+    @property
+    def fenced(self) -> bool:
+        """Whether a newer generation is open, so that this one is over."""
+        return self._word("generation") != self._plan.generation
+
+    @property
+    def protected(self) -> int | None:
+        """The newest step of this generation that any tolerated loss leaves decodable."""
+        return self._word("protected") - 1 if self._word("protected") else None
+
+    def begin(self, step: int, extra: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Start copying. `tensors` are the rank's live shards by name, `extra` is small JSON data.
+
+        Raises ValueError if a tensor is missing or has another shape than the atlas says.
+        """
+        self.gate()
+        self._check(tensors)
+        job = _Job(step, dict(extra), dict(tensors))
+        if any(t.is_cuda for t in job.tensors.values()):
+            job.event = torch.cuda.Event()
+            job.event.record()
+        self._job = job
+        self._jobs.put(job)
+
+    def gate(self) -> float:
+        """Wait until the tensors may be written again. Returns the seconds it had to wait."""
+        job = self._job
+        if job is None:
+            return 0.0
+        began = time.monotonic()
+        job.copied.wait()
+        self.stall_s, self.copy_s = time.monotonic() - began, job.copy_s
+        self._job = None
+        return self.stall_s
+
+    def cost_s(self) -> float:
+        """What the last snapshot cost this rank: its stall, and a tenth of the copy's time for memory bandwidth."""
+        return self.stall_s + 0.1 * self.copy_s
+
+    def close(self) -> None:
+        """Let go of the vault's memory. May be called twice."""
+        if self._thread.is_alive():
+            self.gate()
+            self._jobs.put(None)
+            self._thread.join()
+        self._segments.clear()
+        with contextlib.suppress(WireError, Refused):
+            self._channel.call({"op": "detach"})
+        self._channel.close()
+
+    # ---- the background thread
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if not self.failure:
+                    self._stage(job)
+            except (WireError, Refused, RuntimeError, OSError) as error:
+                self.failure = f"step {job.step}: {error}"
+            finally:
+                job.tensors = {}
+                job.copied.set()
+
+    def _stage(self, job: _Job) -> None:
+        view = self._segment(job.step)
+        began = time.monotonic()
+        for entry in self._slab.entries:
+            start = self._base + entry.offset
+            self._copy(job, entry, view[start : start + entry.nbytes])
+        job.copy_s = time.monotonic() - began
+        job.tensors = {}
+        job.copied.set()
+        request = {"op": "staged", "step": job.step, "extra": job.extra, "copy_s": job.copy_s}
+        self._channel.call(request)
+
+    def _segment(self, step: int) -> NDArray[np.uint8]:
+        """The memory to copy into; mapped when it is seen first."""
+        request = {"op": "begin", "step": step, "known": list(self._segments)}
+        answer, _ = self._channel.call(request, wait_s=self._plan.deadline_s)
+        if answer["fresh"]:
+            self._map(answer["id"], answer["nbytes"])
+        return self._segments[answer["id"]]
+
+    def _copy(self, job: _Job, entry: Entry, target: NDArray[np.uint8]) -> None:
+        box = entry.piece.box
+        source = carrier(job.tensors[entry.piece.tensor])[box.within(self._held[entry.piece.tensor])]
+        out = target.view(f"u{source.element_size()}").reshape(box.shape)
+        for rows in _row_ranges(box.shape, source.element_size()):
+            if self.fenced:
+                raise Refused("fenced", "a newer generation is open")
+            part = out[rows] if box.shape else out
+            self._pace(part.nbytes)
+            if source.is_cuda:
+                self._from_device(job, source[rows] if box.shape else source, part)
+            else:
+                np.copyto(part, (source[rows] if box.shape else source).numpy().view(part.dtype))
+
+    def _from_device(self, job: _Job, source: torch.Tensor, part: NDArray[Any]) -> None:
+        """Device -> pinned buffer on a side stream -> slab. The two buffers let both copies overlap."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(source.device)
+        needed = max(COPY_BYTES, source.numel() * source.element_size())
+        if not self._pinned or self._pinned[0].numel() < needed:
+            self._pinned = [torch.empty(needed, dtype=torch.uint8, pin_memory=True)]
+        pinned = self._pinned[0][: source.numel() * source.element_size()].view(source.dtype).view(source.shape)
+        self._stream.wait_event(job.event)
+        with torch.cuda.stream(self._stream):
+            pinned.copy_(source, non_blocking=True)
+        self._stream.synchronize()
+        np.copyto(part, pinned.numpy().view(part.dtype))
+
+    # ---- attaching
+
+    def _attach(self) -> None:
+        request = {"op": "attach", "rank": self.rank, "generation": self._plan.generation}
+        answer, _ = self._channel.call(request)
+        [control] = self._channel.recv_fds(1)
+        try:
+            self._control = map_shared(control, PAGE, write=False).view(np.uint64)
+        finally:
+            os.close(control)
+        for identity, nbytes in answer["segments"]:
+            self._map(identity, nbytes)
+
+    def _map(self, identity: int, nbytes: int) -> None:
+        [fd] = self._channel.recv_fds(1)
+        try:
+            self._segments[identity] = map_shared(fd, nbytes, write=True)
+        finally:
+            os.close(fd)
+
+    def _word(self, name: str) -> int:
+        return int(self._control[CONTROL_WORDS.index(name)])
+
+    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for entry in self._slab.entries:
+            name = entry.piece.tensor
+            shape = tuple(tensors[name].shape) if name in tensors else None
+            width = entry.nbytes // entry.piece.box.size
+            if shape != self._held[name].shape or tensors[name].element_size() != width:
+                raise ValueError(f"snapshot: {name} must have shape {self._held[name].shape}, {width} bytes an element, got {shape}")
+
+
+def carrier(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as integers of the same width, which numpy knows for every dtype."""
+    return tensor.detach().view(CARRIERS[tensor.element_size()])
+
+
+def _row_ranges(shape: tuple[int, ...], width: int) -> Iterator[slice]:
+    """Ranges of rows that make pieces of about COPY_BYTES."""
+    if not shape:
+        yield slice(None)
+        return
+    row = max(1, width * math.prod(shape[1:]))
+    rows = max(1, COPY_BYTES // row)
+    yield from (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+
+

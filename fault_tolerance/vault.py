@@ -1,0 +1,445 @@
+"""Vault: the process that owns a node's snapshot memory and outlives its workers.
+
+    worker 2 --.                         .-- vault of node b          one per node; together they make, protect and
+    worker 3 --+-- Unix socket, memfds --+-- vault of node c   TCP    restore snapshots, and nobody else is needed
+               '--   this vault        --'-- controller
+
+How to use it. As a process, with the run's secret on the first line of stdin; it prints one JSON line with its
+address, and ends when stdin is closed:
+
+    python -m fault_tolerance.vault --node a --run 7f3c --listen 10.0.0.5:0
+
+or inside a process of somebody else (threads only, no signals, no event loop):
+
+    vault = Vault(node="a", run="7f3c", secret=secret, listen="10.0.0.5:0"); vault.start(); vault.address; vault.close()
+
+Then `VaultClient(vault.address, run=..., secret=...)` opens a generation's plan (`open`), polls (`status`, `watch`) and
+asks what it holds (`inventory`); workers stage through `Snapshotter`, and read through `Reader`.
+
+The fence. `open(plan)` makes the plan's generation the only one that may stage, push or report here; requests of an
+older one are refused. Its workers may still have segments mapped: those are not given to anybody while they do
+(`arena.py`), so a stopped worker that wakes up writes into memory that no longer counts.
+
+What is kept. Until a version of the open generation is protected, on every node: the plan's `base`. Then: the newest
+protected one. Everything else goes when the next version begins; nothing goes before.
+
+Rule of this file: versions and who may touch them. Requests are parsed in `vault_requests.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fault_tolerance.arena import Control, Pool, Segment
+from fault_tolerance.budget import VERSIONS
+from fault_tolerance.encoder import Encoder, request
+from fault_tolerance.pace import Pace
+from fault_tolerance.peers import Peers
+from fault_tolerance.scrub import Housekeeper
+from fault_tolerance.server import Connection, Server
+from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.vault_events import VaultEvents
+from fault_tolerance.vault_requests import Requests
+from fault_tolerance.version import Key, NodeMeta, State, Version
+from fault_tolerance.wire import Refused, WireError, local_address
+
+BROADCAST_TRIES = 5
+
+
+@dataclass(eq=False, slots=True)
+class Attachment:
+    """A worker's snapshotter, as long as its connection lives."""
+
+    rank: int
+    generation: int
+    pid: int
+
+
+class Vault:
+    """One node's snapshots. All methods may be called from any thread."""
+
+    def __init__(self, *, node: str, run: str, secret: bytes, listen: str = "127.0.0.1:0") -> None:
+        """Raises OSError if an address is taken: for the local one, by a live vault of the same run and node."""
+        self.node, self.run, self._secret = node, run, secret
+        self.changed = threading.Condition(threading.RLock())
+        self.events = VaultEvents()
+        self.data_pool, self.parity_pool = Pool(name=f"{run}-{node}-data"), Pool(name=f"{run}-{node}-parity")
+        self.control = Control()
+        self.pace = Pace(None)
+        self.plan: SnapshotPlan | None = None
+        self.fence = -1
+        self.versions: dict[Key, Version] = {}
+        self.attached: dict[Connection, Attachment] = {}
+        self._processes: dict[int, int] = {}
+        self.closed = threading.Event()
+        self.server = Server(
+            [listen, local_address(run, node)], run=run, secret=secret, handle=Requests(self).handle, gone=self.gone
+        )
+        self.address = f"{listen.rpartition(':')[0]}:{self.server.port}"
+        self.peers = self._peers({})
+
+    def start(self) -> None:
+        """Serve, in daemon threads."""
+        self.server.start()
+        Housekeeper(self).start()
+
+    def close(self) -> None:
+        """End all connections and free all memory. May be called twice."""
+        with self.changed:
+            self.closed.set()
+            for version in self.versions.values():
+                version.dropped = True
+            self.changed.notify_all()
+        self.server.close()
+        self.peers.close()
+        for pool in (self.data_pool, self.parity_pool):
+            pool.close()
+        self.control.close()
+        for fd in self._processes.values():
+            os.close(fd)
+        self._processes.clear()
+
+    # ---- generations
+
+    def open(self, plan: SnapshotPlan) -> None:
+        """Make this the plan of snapshots, and fence all older generations. Opening the same plan again is fine.
+
+        Makes the memory for it. Raises Refused if the generation is fenced, or known with another plan.
+        """
+        with self.changed:
+            self._check_open(plan)
+            known = self.plan is not None and self.plan.fingerprint == plan.fingerprint
+            if not known:
+                self.fence, self.plan = plan.generation, plan
+                self.pace = Pace(plan.max_rate_bytes_s)
+                self.peers.close()
+                self.peers = self._peers(plan.addresses)
+                self.control.set("generation", plan.generation)
+                self.control.set("protected", 0)
+                self.refresh()
+        if not known:
+            self._prepare(plan)
+            self.events.add("open", generation=plan.generation, plan=plan.fingerprint)
+
+    def raise_fence(self, generation: int) -> None:
+        """Refuse everything older than `generation` from now on; what is held stays, and can be read."""
+        with self.changed:
+            self.fence = max(self.fence, generation)
+            self.control.set("generation", self.fence)
+            self.refresh()
+
+    def _check_open(self, plan: SnapshotPlan) -> None:
+        if plan.run != self.run or self.node not in plan.nodes:
+            raise Refused("stranger", f"vault {self.node}: the plan must be of run {self.run} and have this node")
+        if plan.generation < self.fence:
+            raise Refused("fenced", f"vault {self.node}: generation must be >= {self.fence}, got {plan.generation}")
+        same = self.plan is not None and self.plan.generation == plan.generation
+        if same and self.plan is not None and self.plan.fingerprint != plan.fingerprint:
+            raise Refused("conflict", f"vault {self.node}: generation {plan.generation} has another plan already")
+
+    def _prepare(self, plan: SnapshotPlan) -> None:
+        parity = plan.group_of(self.node).m * plan.block_bytes(self.node)
+        if data := plan.node_bytes(self.node):
+            self.data_pool.prepare(data, number=VERSIONS, may_use=self.may_use)
+        if parity:
+            self.parity_pool.prepare(parity, number=VERSIONS, may_use=lambda segment: True)
+
+    def current(self, generation: int, fingerprint: str | None = None) -> SnapshotPlan:
+        """The open plan, if it is of this generation. Raises Refused."""
+        plan = self.plan
+        if generation < self.fence or (plan is not None and generation < plan.generation):
+            raise Refused("fenced", f"vault {self.node}: generation {generation} is over, {self.fence} is the first")
+        if plan is None or generation != plan.generation:
+            raise Refused("unknown", f"vault {self.node}: generation {generation} is not open here")
+        if fingerprint is not None and fingerprint != plan.fingerprint:
+            raise Refused("conflict", f"vault {self.node}: generation {generation} has another plan")
+        return plan
+
+    # ---- a version's way
+
+    def admit(self, plan: SnapshotPlan, step: int) -> Version:
+        """The version of a step, made now if it is new; then versions that nobody needs go. Raises Refused (`busy`)."""
+        with self.changed:
+            key = (plan.generation, step)
+            if key not in self.versions:
+                self._check_room(key)
+                self.drop_all(keep=self._kept())
+                version = Version(plan, step, self.node, wire_mark=self.server.traffic["tcp"].sent)
+                self.versions[key] = version
+                Encoder(self, version).start()
+                self.refresh()
+            return self.versions[key]
+
+    def _check_room(self, key: Key) -> None:
+        pending = [v.step for v in self.versions.values() if v.pending and v.plan is self.plan]
+        if pending:
+            raise Refused("busy", f"vault {self.node}: step {pending[0]} must be protected or given up before {key[1]}")
+        newest = max((step for generation, step in self.versions if generation == key[0]), default=-1)
+        if key[1] <= newest:
+            raise Refused("old", f"vault {self.node}: a step after {newest} must be staged, got {key[1]}")
+
+    def _kept(self) -> set[Key]:
+        """What must not go yet."""
+        assert self.plan is not None
+        mine = [v for v in self.versions.values() if v.plan is self.plan and v.state is State.PROTECTED]
+        if mine:
+            return {max(v.key for v in mine)}
+        return {self.plan.base} if self.plan.base is not None else set()
+
+    def drop_all(self, *, keep: set[Key]) -> None:
+        """Free every version but these."""
+        with self.changed:
+            for key in [key for key in self.versions if key not in keep]:
+                self.drop(key)
+
+    def drop(self, key: Key) -> None:
+        """Free a version, if it is here."""
+        with self.changed:
+            version = self.versions.pop(key, None)
+            if version is None:
+                return
+            version.dropped = True
+            for pool, segment in ((self.data_pool, version.data), (self.parity_pool, version.parity)):
+                if segment is not None:
+                    pool.release(segment)
+            self.refresh()
+
+    def begin(self, attachment: Attachment, step: int) -> Segment:
+        """The segment that a worker copies its slab of `step` into. Raises Refused."""
+        with self.changed:
+            plan = self.current(attachment.generation)
+            version = self.admit(plan, step)
+            if version.state is not State.STAGING or attachment.rank in version.staged:
+                raise Refused("old", f"vault {self.node}: rank {attachment.rank} has staged step {step} already")
+            if version.data is None:
+                version.data = self.data_pool.acquire(plan.node_bytes(self.node), may_use=self.may_use)
+            version.data.borrowers.add(attachment)
+            return version.data
+
+    def staged(self, attachment: Attachment, step: int, facts: dict[str, Any]) -> None:
+        """A worker has copied its slab. Raises Refused if the version is not waited for any more."""
+        with self.changed:
+            plan = self.current(attachment.generation)
+            version = self.versions.get((plan.generation, step))
+            if version is None or version.state is not State.STAGING:
+                raise Refused("old", f"vault {self.node}: step {step} is not being staged")
+            version.staged[attachment.rank] = facts
+            if version.all_staged:
+                version.seconds["stage"] = time.monotonic() - version.began
+            self.changed.notify_all()
+
+    def wanted(self, version: Version) -> bool:
+        """Whether it is worth working on."""
+        return version.pending and version.plan is self.plan and self.fence <= version.plan.generation
+
+    def add_meta(self, version: Version, meta: NodeMeta) -> None:
+        """What a node of the group says of its data."""
+        with self.changed:
+            version.metas[meta.node] = meta
+            self.changed.notify_all()
+
+    def parity_of(self, version: Version) -> Segment:
+        """The memory for the version's parity blocks. Raises Refused if it is not wanted any more."""
+        with self.changed:
+            if version.dropped:
+                raise Refused("old", f"vault {self.node}: step {version.step} is not kept any more")
+            if version.parity is None:
+                length = version.plan.group_of(self.node).m * version.plan.block_bytes(self.node)
+                version.parity = self.parity_pool.acquire(length)
+            return version.parity
+
+    # ---- agreement: the coordinator hears `coded` and says `protected`
+
+    def report(self, version: Version, *, failure: str) -> None:
+        """Tell the coordinator that this vault's part is done, or will not be."""
+        with self.changed:
+            if not failure and version.state is State.STAGED:
+                version.state = State.CODED
+        if version.plan.coordinator == self.node:
+            self.heard(version, self.node, failure)
+        else:
+            self.peers.call(version.plan.coordinator, request("coded", version) | {"failure": failure})
+
+    def heard(self, version: Version, node: str, failure: str) -> None:
+        """As coordinator: a vault's report."""
+        with self.changed:
+            version.coded_nodes.add(node)
+            complete = not failure and version.coded_nodes >= set(version.plan.nodes)
+        if failure:
+            self.announce(version, "abandon", f"node {node}: {failure}")
+        elif complete:
+            self.announce(version, "protected", "")
+
+    def announce(self, version: Version, verdict: str, reason: str) -> None:
+        """As coordinator: tell everybody, in the background."""
+        if not self.wanted(version):
+            return
+        self.settle(version, verdict, reason)
+        others = [node for node in version.plan.nodes if node != self.node]
+        for node in others:
+            message = request(verdict, version) | {"reason": reason}
+            threading.Thread(target=self._tell, args=(node, message, version), daemon=True, name="announce").start()
+
+    def _tell(self, node: str, message: dict[str, Any], version: Version) -> None:
+        for attempt in range(BROADCAST_TRIES):
+            try:
+                self.peers.call(node, message)
+                return
+            except Refused:
+                return  # it has gone on without us
+            except WireError:
+                if self.closed.wait(0.2 * 2**attempt) or version.plan is not self.plan:
+                    return
+
+    def settle(self, version: Version, verdict: str, reason: str) -> None:
+        """The coordinator's word: `protected`, after which older versions go, or `abandon`."""
+        with self.changed:
+            if not version.pending:
+                return
+            version.reason = reason
+            version.seconds["total"] = time.monotonic() - version.began
+            version.wire_bytes = self.server.traffic["tcp"].sent - version.wire_mark
+            version.state = State.PROTECTED if verdict == "protected" else State.ABANDONED
+            if version.state is State.PROTECTED:
+                self.control.set("protected", version.step + 1)
+                self.drop_all(keep={version.key})
+            self.refresh()
+            self.changed.notify_all()
+        self.events.add("snapshot", **version.timing())
+
+    def refresh(self) -> None:
+        """Tell the workers whether a new version may begin."""
+        pending = any(v.pending and v.plan is self.plan for v in self.versions.values())
+        open_here = self.plan is not None and self.plan.generation == self.fence
+        self.control.set("ready", int(open_here and not pending))
+
+    # ---- workers
+
+    def may_use(self, segment: Segment) -> bool:
+        """Whether a segment is free of writers of other generations."""
+        generation = self.plan.generation if self.plan is not None else -1
+        return all(isinstance(b, Attachment) and b.generation == generation for b in segment.borrowers)
+
+    def attach(self, connection: Connection, rank: int, generation: int) -> Attachment:
+        """A worker's snapshotter introduces itself. Raises Refused if the seat is not on this node, or taken."""
+        with self.changed:
+            plan = self.current(generation)
+            if rank not in plan.ranks_on(self.node):
+                raise Refused("stranger", f"vault {self.node}: rank {rank} sits on another node")
+            if any(a.rank == rank and a.generation == generation for a in self.attached.values()):
+                raise Refused("busy", f"vault {self.node}: rank {rank} is attached already")
+            assert connection.pid is not None
+            self._watch_process(connection.pid)
+            self.attached[connection] = Attachment(rank, generation, connection.pid)
+            return self.attached[connection]
+
+    def detach(self, connection: Connection) -> None:
+        """A snapshotter lets go of its mappings, as planned."""
+        with self.changed:
+            attachment = self.attached.pop(connection, None)
+            for segment in self.data_pool.segments():
+                segment.borrowers.discard(attachment)
+
+    def gone(self, connection: Connection) -> None:
+        """A connection ended; if a worker was still attached to it, that worker died."""
+        attachment = self.attached.get(connection)
+        self.detach(connection)
+        if attachment is not None and not self.closed.is_set():
+            self.events.add("gone", pid=attachment.pid, rank=attachment.rank, generation=attachment.generation)
+
+    def _watch_process(self, pid: int) -> None:
+        if pid not in self._processes:
+            for known in [p for p, fd in self._processes.items() if _exited(fd)]:
+                os.close(self._processes.pop(known))
+            self._processes[pid] = os.pidfd_open(pid)
+
+    def kill_pid(self, pid: int) -> bool:
+        """SIGKILL a process that was once attached here. Whether it was alive. Raises Refused for any other."""
+        with self.changed:
+            if pid not in self._processes:
+                raise Refused("stranger", f"vault {self.node}: pid {pid} was never attached here")
+            try:
+                signal.pidfd_send_signal(self._processes[pid], signal.SIGKILL)
+            except ProcessLookupError:
+                return False
+            return True
+
+    # ---- what is asked
+
+    def status(self) -> dict[str, Any]:
+        """A summary, for polling."""
+        with self.changed:
+            mine = [v for v in self.versions.values() if v.plan is self.plan]
+            return {
+                "node": self.node,
+                "generation": -1 if self.plan is None else self.plan.generation,
+                "fence": self.fence,
+                "protected": max((v.step for v in mine if v.state is State.PROTECTED), default=None),
+                "staged": max((v.step for v in mine if v.has_data), default=None),
+                "versions": [v.timing() for v in self.versions.values()],
+                "attached": [{"rank": a.rank, "pid": a.pid} for a in self.attached.values()],
+                "memory_bytes": self.data_pool.nbytes + self.parity_pool.nbytes,
+                "bad_chunks": sum(len(v.bad) for v in self.versions.values()),
+                "wire_sent": self.server.traffic["tcp"].sent,
+                "wire_received": self.server.traffic["tcp"].received,
+            }
+
+    def inventory(self) -> dict[str, Any]:
+        """Everything that the catalogue needs to know of this vault."""
+        with self.changed:
+            held = list(self.versions.values())
+            return {
+                "node": self.node,
+                "run": self.run,
+                "address": self.address,
+                "generation": self.fence,
+                "plans": {v.plan.fingerprint: v.plan.to_json() for v in held},
+                "versions": [v.describe() for v in held if v.blocks()],
+            }
+
+    def corrupt(self, key: Key, kind: str, index: int, *, offset: int, data: bytes = b"") -> None:
+        """Damage a held block, for drills: flip one bit at `offset`, or write `data` there. Raises KeyError."""
+        with self.changed:
+            block = self.versions[key].block(kind, index)
+            if data:
+                block[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+            else:
+                block[offset] ^= 1
+
+    def _peers(self, addresses: Any) -> Peers:
+        return Peers(addresses, run=self.run, secret=self._secret, traffic=self.server.traffic["tcp"])
+
+
+def _exited(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 0)[0])
+
+
+def main(arguments: list[str] | None = None, *, wait: Callable[[], Any] = sys.stdin.buffer.read) -> None:
+    """Run a vault until stdin is closed."""
+    parser = argparse.ArgumentParser(prog="fault_tolerance.vault", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--node", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--listen", default="127.0.0.1:0", help="host:port for peers and controller; port 0: any")
+    options = parser.parse_args(arguments)
+    secret = bytes.fromhex(sys.stdin.readline().strip())
+    vault = Vault(node=options.node, run=options.run, secret=secret, listen=options.listen)
+    vault.start()
+    print(json.dumps({"node": vault.node, "address": vault.address, "pid": os.getpid()}), flush=True)
+    wait()
+    vault.close()
+
+
+if __name__ == "__main__":
+    main()
