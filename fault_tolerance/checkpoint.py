@@ -14,6 +14,7 @@ instead of converted after the save: ByteCheckpoint (NSDI 2025).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ class ReadStats:
 def commit(
     directory: str, entries: Iterable[ShardEntry], *, specs: Sequence[TensorSpec], extra: Mapping[str, Any]
 ) -> Checkpoint:
-    """Make a checkpoint visible; the second phase of a save. `extra` is all other state, as JSON, with its `step`.
+    """Make a checkpoint visible; the second phase of a save.
+
+    `extra` is all other state, as JSON: its `step`, and what else a run needs to go on; `saved_at` is added.
 
     Raises ValueError if the pieces do not tile the state, StorageError if a shard is not there as it was written.
     A checkpoint that this directory already held is replaced in one instant; its files are removed after that.
@@ -59,7 +62,7 @@ def commit(
     sizes = storage.sizes()
     for shard in shards:
         _check_present(directory, shard, sizes)
-    index = Index(tuple(specs), shards, dict(extra))
+    index = Index(tuple(specs), shards, {"saved_at": time.time(), **extra})
     text = np.frombuffer(dump(index).encode(), np.uint8)
     storage.write(INDEX, lambda: [text])
     storage.remove(set(sizes) - {INDEX} - {shard.file for shard in shards})

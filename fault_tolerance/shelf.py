@@ -68,3 +68,17 @@ def _children(root: str) -> dict[int, Storage]:
     storage = open_storage(root)
     names = (name for name in storage.children() if _STEP_NAME.fullmatch(name))
     return {int(name.removeprefix("step_")): storage.child(name) for name in names}
+
+
+def locate(path: str) -> str:
+    """The checkpoint that a person means by a path: itself, or the newest of a shelf, or of a run's `checkpoints/`.
+
+    Raises ValueError if there is none.
+    """
+    if INDEX in open_storage(path).sizes():
+        return path
+    for root in (path, f"{path.rstrip('/')}/checkpoints"):
+        found = newest(root)
+        if found is not None:
+            return found
+    raise ValueError(f"{path}: must be a checkpoint, or a directory of them, or a run with one, got no {INDEX} there")

@@ -11,6 +11,7 @@ Rule of this file: it knows our side only; each other side has a file of its own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,11 @@ class Lazy:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of it in fp32."""
+        return 4 * math.prod(self.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
@@ -67,7 +73,7 @@ def store(foreign: Foreign, directory: str, *, progress: Progress = silent) -> C
         def read() -> Tensor:
             lazy = foreign.tensors.get(spec.name)
             whole = torch.zeros(spec.shape) if lazy is None else lazy.read().to(torch.float32).contiguous()
-            progress(whole.nbytes)
+            progress(0 if lazy is None else whole.nbytes)
             return whole
 
         return read
