@@ -22,7 +22,6 @@ import torch.distributed as dist
 from parallel.record import Phase
 from parallel.recorder import install
 
-
 Clock = Callable[[], float]
 Operation = Callable[[], object]
 

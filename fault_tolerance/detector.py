@@ -1,0 +1,270 @@
+"""Detector: rings of all ranks in, new verdicts out, again and again.
+
+    watch = Detector(topology)
+    every second:  for verdict in watch.observe({rank: ring_bytes, ...}): ...
+
+    rings -> timelines -> deaths, mismatches, hangs   at once
+                       -> stragglers, links           on a window of steps, held for `persist` looks
+                       -> levels, deadlines, change points, learnt while nothing is wrong
+
+Rule of this file: it remembers, the judging is done by pure functions. It reads no clock but those in the rings and the
+`now_s` it is given, so a recorded run can be judged again.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from fault_tolerance.changepoint import ChangePoints
+from fault_tolerance.deadlines import Deadlines, Patience
+from fault_tolerance.hangs import judge_deaths, judge_hangs
+from fault_tolerance.links import Delay, Ends, delays, judge_links, levels, normalised
+from fault_tolerance.mismatches import judge_mismatches
+from fault_tolerance.stragglers import Rule, judge_stragglers, waits_caused
+from fault_tolerance.timeline import StepSpan, clock_offsets, meetings, merge, spans, transfers
+from fault_tolerance.verdict import Kind, Topology, Verdict
+from parallel.record import Op, Phase, Record, Ring, State, decode
+
+SLOW = frozenset({Kind.SLOW_COMPUTE, Kind.SLOW_LINK, Kind.SLOW_ALL, Kind.WANDERING})
+KEPT_STEPS = 200
+FILL_FROM_STEPS = 16  # older steps that tell what a lost record would have said
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`warm_up_steps` are not judged; `learn_steps` after them tell what is usual; a slow verdict must hold for
+    `persist` windows that differ; a stopped process is named after `stopped_s`, an unreadable machine after `silent_s`."""
+
+    warm_up_steps: int = 3
+    learn_steps: int = 8
+    persist: int = 2
+    stopped_s: float = 1.0
+    silent_s: float = 4.0
+    drift: float = 0.08
+    rule: Rule = Rule()
+    patience: Patience = Patience()
+
+
+class Detector:
+    """Names what is wrong with the ranks of one crew. Make a new one for the next generation."""
+
+    def __init__(self, topology: Topology, settings: Settings | None = None) -> None:
+        self.topology = topology
+        self.settings = settings or Settings()
+        self.rings: dict[int, Ring] = {}
+        self.active: dict[tuple[object, ...], Verdict] = {}
+        self.deadlines = Deadlines(self.settings.patience, warm_up_steps=self.settings.warm_up_steps)
+        self._spans: dict[int, dict[int, StepSpan]] = defaultdict(dict)
+        self._learnt_ticket: dict[int, int] = {}
+        self._heard_s: dict[int, float] = {}
+        self._levels: dict[int, float] = {}
+        self._link_levels: dict[tuple[Ends, Hashable], float] = {}
+        self._series: dict[int, ChangePoints] = {}
+        self._drifted: dict[int, float] = {}
+        self._fed = -1
+        self._held: dict[tuple[object, ...], set[int]] = defaultdict(set)
+        self._judged_step = -1
+
+    def observe(self, rings: Mapping[int, bytes | Ring | None], *, now_s: float | None = None) -> list[Verdict]:
+        """Take in what could be read of the ranks' rings; return the verdicts that are new since the last call.
+
+        Empty or missing bytes mean that the ring could not be read. All verdicts that hold now are in `active`.
+        """
+        now = time.monotonic() if now_s is None else now_s
+        self._take(rings, now)
+        self._learn()
+        certain = self._gone(now) or self._desynchronised() + judge_deaths(self.rings, self.topology)
+        certain = certain or self._stopped() or self._hung()
+        found = {v.key: v for v in (certain or self._slow())}
+        fresh = [v for key, v in found.items() if key not in self.active]
+        self.active = found
+        return fresh
+
+    @property
+    def step(self) -> int:
+        """The newest step that any rank has begun."""
+        return max((ring.step for ring in self.rings.values()), default=0)
+
+    def _take(self, rings: Mapping[int, bytes | Ring | None], now: float) -> None:
+        for rank in range(self.topology.layout.world):
+            self._heard_s.setdefault(rank, now)
+        for rank, given in rings.items():
+            if not given:
+                continue
+            ring = given if isinstance(given, Ring) else decode(given)
+            self._heard_s[rank] = now
+            self.rings[rank] = merge(self.rings.get(rank), ring)
+
+    # ---- learning ----
+
+    def _learn(self) -> None:
+        for rank, ring in self.rings.items():
+            since = self._learnt_ticket.get(rank, -1)
+            fresh = [r for r in ring.records if r.ticket > since]
+            settled = _settled(fresh)
+            if settled:
+                self.deadlines.learn(r for r in settled if r.step >= self.settings.warm_up_steps)
+                self._learnt_ticket[rank] = settled[-1].ticket
+            known = self._spans[rank]
+            newest = max(known, default=-1)
+            if any(r.op == Op.MARK for r in fresh) or not known:
+                known.update(
+                    {s: span for s, span in spans(_tail(ring, newest), since_step=newest).items() if s >= newest}
+                )
+            for step in sorted(s for s in known if s > newest):
+                self.deadlines.learn_step(step, known[step].duration_s)
+            while len(known) > KEPT_STEPS:
+                del known[min(known)]
+        if not self._levels:
+            self._learn_levels()
+        self._feed_series()
+
+    def _judgeable(self, rank: int) -> dict[int, StepSpan]:
+        """The finished steps after the warm-up."""
+        known = self._spans[rank]
+        first = min(known, default=0)
+        return {s: span for s, span in known.items() if s >= first + self.settings.warm_up_steps}
+
+    def _learn_levels(self) -> None:
+        own = {rank: [s.own_s for s in self._judgeable(rank).values()] for rank in self.rings}
+        if own and all(len(values) >= self.settings.learn_steps for values in own.values()):
+            self._levels = {
+                rank: statistics.median(values[: self.settings.learn_steps]) for rank, values in own.items()
+            }
+            self._link_levels = levels(self._delays(self.settings.learn_steps))
+
+    def _feed_series(self) -> None:
+        """Each rank's own time against everybody's, into its change points."""
+        if not self._levels:
+            return
+        usable = {rank: self._judgeable(rank) for rank in self._levels if rank in self.rings}
+        common = set.intersection(*(set(u) for u in usable.values())) if usable else set()
+        for step in sorted(s for s in common if s > self._fed):
+            self._fed = step
+            changes = {r: max(1e-6, u[step].own_s) / max(1e-6, self._levels[r]) for r, u in usable.items()}
+            everybody = statistics.median_low(list(changes.values()))
+            for rank, change in changes.items():
+                series = self._series.setdefault(rank, ChangePoints(least=self.settings.drift))
+                found = series.add(change / everybody)
+                if found is not None:
+                    self._drifted[rank] = self._drifted.get(rank, 1.0) * found.ratio
+
+    # ---- judging ----
+
+    def _gone(self, now: float) -> list[Verdict]:
+        """Machines none of whose rings can be read any more."""
+        out = []
+        for node in dict.fromkeys(self.topology.nodes):
+            ranks = self.topology.ranks_of(node)
+            silent = min(now - self._heard_s[r] for r in ranks)
+            elsewhere = [now - self._heard_s[r] for r in self._heard_s if r not in ranks]
+            if silent >= self.settings.silent_s and elsewhere and min(elsewhere) < silent / 2:
+                reason = f"{node} cannot be read for {silent:.1f} s, the others can: it is gone or cut off"
+                out.append(Verdict(Kind.NODE_LOSS, ranks, (node,), reason, confidence=0.9))
+        return out
+
+    def _stopped(self) -> list[Verdict]:
+        out = []
+        for rank, ring in sorted(self.rings.items()):
+            last = max((max(r.call_ns, r.end_ns) for r in ring.records[-8:]), default=ring.mark_ns)
+            silent = (ring.read_ns - last) / 1e9
+            if ring.process == "T" and silent >= self.settings.stopped_s:
+                reason = f"rank {rank} on {self.topology.nodes[rank]} is stopped since {silent:.1f} s (SIGSTOP, or a debugger)"
+                out.append(Verdict(Kind.HANG, (rank,), self.topology.on([rank]), reason, confidence=0.98))
+        return out
+
+    def _hung(self) -> list[Verdict]:
+        return judge_hangs(self.rings, self.topology, self.deadlines.of)
+
+    def _desynchronised(self) -> list[Verdict]:
+        recent = self._recent(2)
+        return judge_mismatches(meetings(recent).values(), transfers(recent).values(), self.topology)
+
+    def _slow(self) -> list[Verdict]:
+        seen = {rank: self._judgeable(rank) for rank in self.rings}
+        if not seen or not all(seen.values()):
+            return []
+        newest = min(max(by_step) for by_step in seen.values())
+        if newest == self._judged_step:
+            return [v for v in self.active.values() if v.kind in SLOW]
+        self._judged_step = newest
+        found = judge_stragglers(seen, self.topology, levels=self._levels, rule=self.settings.rule)
+        found = (
+            [self._with_waits(v) for v in found if v.kind == Kind.SLOW_COMPUTE]
+            or self._links()
+            or found
+            or self._drift()
+        )
+        return self._persistent(found, newest)
+
+    def _links(self) -> list[Verdict]:
+        rule = self.settings.rule
+        samples = self._delays(rule.window)
+        lasted = sum(span.duration_s for step, span in sorted(self._judgeable(min(self.rings)).items())[-rule.window :])
+        return judge_links(normalised(samples, self._link_levels), self.topology, least_s=2 * rule.impact * lasted)
+
+    def _delays(self, num_steps: int) -> list[Delay]:
+        recent = self._recent(num_steps)
+        found = meetings(recent).values()
+        first = self.settings.warm_up_steps + min((min(s) for s in self._spans.values() if s), default=0)
+        return [d for d in delays(transfers(recent).values(), found, clock_offsets(found)) if d.step >= first]
+
+    def _drift(self) -> list[Verdict]:
+        """Small but certain: a change point that no window would show."""
+        out = []
+        for rank, ratio in sorted(self._drifted.items()):
+            if ratio >= 1 + self.settings.drift:
+                reason = f"rank {rank} on {self.topology.nodes[rank]} drifted to {ratio:.2f} times its own past, others did not"
+                out.append(
+                    Verdict(
+                        Kind.SLOW_COMPUTE, (rank,), self.topology.on([rank]), reason, confidence=0.7, severity=ratio
+                    )
+                )
+        return out
+
+    def _persistent(self, found: Iterable[Verdict], newest: int) -> list[Verdict]:
+        """Those that held for `persist` windows that end in different steps."""
+        kept = []
+        now = {v.key: v for v in found}
+        for key in [k for k in self._held if k not in now]:
+            del self._held[key]
+        for key, verdict in now.items():
+            self._held[key].add(newest)
+            if len(self._held[key]) >= self.settings.persist:
+                kept.append(verdict)
+        return kept
+
+    def _with_waits(self, verdict: Verdict) -> Verdict:
+        waits = waits_caused(meetings(self._recent(self.settings.rule.window)).values())
+        lines = tuple(
+            f"rank {r} made others wait {waits[r][0]:.2f} s and waited {waits[r][1]:.2f} s"
+            for r in verdict.ranks
+            if r in waits
+        )
+        return replace(verdict, evidence=verdict.evidence + lines)
+
+    def _recent(self, num_steps: int) -> dict[int, Ring]:
+        """The rings, cut to the records of the newest steps."""
+        newest = min((ring.step for ring in self.rings.values()), default=0)
+        return {rank: _tail(ring, newest - num_steps) for rank, ring in self.rings.items()}
+
+
+def _settled(records: list[Record]) -> list[Record]:
+    """Up to the first operation that is still open."""
+    for at, record in enumerate(records):
+        if record.state == State.CALLED:
+            return records[:at]
+    return records
+
+
+def _tail(ring: Ring, step: int) -> Ring:
+    """The ring without what is older than a step."""
+    records = ring.records
+    at = len(records)
+    while at > 0 and (records[at - 1].step >= step or records[at - 1].phase != Phase.TRAIN):
+        at -= 1
+    return replace(ring, records=records[at:])

@@ -1,0 +1,226 @@
+"""Timeline: the records of the ranks, put side by side without a common clock.
+
+    rank 0   |mark 7  compute ....|== wait ==|   compute ..|mark 8        own time  = step - waits
+    rank 1   |mark 7  compute ..............|=|  compute ..|mark 8        the culprit is the one who does not wait
+
+Only durations on one clock are compared; what joins ranks are numbers: (group, seq) of a collective, (group, from, to,
+seq) of a transfer. Clock offsets, where a one-way delay needs them, come from collectives, which end at the same moment
+for everybody.
+
+Rule of this file: pure. Records may be missing (a lapped or torn ring): a hole is counted, never taken for silence.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from parallel.record import Op, Phase, Record, Ring, State
+
+KEPT = 20_000  # records a rank; more than any window needs
+
+
+@dataclass(frozen=True, slots=True)
+class StepSpan:
+    """The training in one step of one rank. `own_s` is the time in which it waited for nobody; `lost` records are missing."""
+
+    rank: int
+    step: int
+    duration_s: float
+    own_s: float
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """A collective as its members saw it. `ranks` are the group's members, `came` their records."""
+
+    group: int
+    seq: int
+    ranks: tuple[int, ...]
+    came: Mapping[int, Record]
+
+    @property
+    def complete(self) -> bool:
+        """All members came and all are done."""
+        return len(self.came) == len(self.ranks) and all(r.state == State.DONE for r in self.came.values())
+
+    @property
+    def wire_s(self) -> float:
+        """How long it took with everybody there: the time inside it of the rank that came last. Needs no clock."""
+        return min(r.end_ns - r.call_ns for r in self.came.values()) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A message: the sender's and the receiver's record; either may be missing."""
+
+    source: int
+    target: int
+    sent: Record | None
+    received: Record | None
+
+
+def merge(old: Ring | None, new: Ring, *, keep: int = KEPT) -> Ring:
+    """What is known of a rank after another reading of its ring, which may hold only what is new.
+
+    A ring of another process or generation replaces the old one.
+    """
+    if old is None or (old.pid, old.generation) != (new.pid, new.generation) or new.head < old.head:
+        return new
+    first = new.records[0].ticket if new.records else new.head
+    settled = [r for r in old.records if r.ticket < first]
+    if len(settled) == len(old.records):
+        together = settled + list(new.records)
+    else:
+        fresh = {r.ticket: r for r in old.records[len(settled) :]} | {r.ticket: r for r in new.records}
+        together = settled + [fresh[ticket] for ticket in sorted(fresh)]
+    return replace(new, records=tuple(together[-keep:]))
+
+
+def tail_lost(ring: Ring) -> bool:
+    """Whether the newest record is missing, so that nobody can tell what the rank is doing."""
+    return bool(ring.head) and (not ring.records or ring.records[-1].ticket != ring.head - 1)
+
+
+def spans(ring: Ring, *, since_step: int = 0) -> dict[int, StepSpan]:
+    """The finished steps of a rank: what lies between a mark of phase TRAIN and the mark that follows it.
+
+    A step that lacks one of its marks is left out. The wait that a missing record would have told is taken from the
+    record at the same place of other steps: give more steps than are asked for by `since_step`, and it is known well.
+    """
+    records = ring.records
+    marks = [at for at, r in enumerate(records) if r.op == Op.MARK]
+    parts = [
+        (records[a], records[b], records[a + 1 : b])
+        for a, b in zip(marks, marks[1:], strict=False)
+        if records[a].phase == Phase.TRAIN and records[b].step - records[a].step in (0, 1)
+    ]
+    usual = _usual_waits(parts) if any(_lost(*part) for part in parts) else {}
+    waits = _union([(r.wait_ns, r.end_ns or ring.read_ns) for r in records if r.wait_ns])
+    out: dict[int, StepSpan] = {}
+    for mark, following, between in parts:
+        if mark.step >= since_step:
+            part = _span(ring.rank, mark, following, between, waits, usual)
+            before = out.get(mark.step)
+            out[mark.step] = part if before is None else _add(before, part)
+    return out
+
+
+Place = tuple[int, int]  # (records of a step, position in it)
+
+
+def _lost(mark: Record, following: Record, between: Sequence[Record]) -> int:
+    return following.ticket - mark.ticket - 1 - len(between)
+
+
+def _usual_waits(parts: Sequence[tuple[Record, Record, Sequence[Record]]]) -> dict[Place, float]:
+    waits: dict[Place, list[int]] = defaultdict(list)
+    for mark, following, between in parts:
+        length = following.ticket - mark.ticket
+        for r in between:
+            waits[length, r.ticket - mark.ticket].append(r.end_ns - r.wait_ns if r.wait_ns and r.end_ns else 0)
+    return {place: statistics.median(values) for place, values in waits.items()}
+
+
+def _span(
+    rank: int,
+    mark: Record,
+    following: Record,
+    between: Sequence[Record],
+    waits: Sequence[tuple[int, int]],
+    usual: Mapping[Place, float],
+) -> StepSpan:
+    lost = _lost(mark, following, between)
+    duration = following.call_ns - mark.call_ns
+    waited = float(_covered(waits, mark.call_ns, following.call_ns))
+    if lost:
+        length = following.ticket - mark.ticket
+        missing = set(range(1, length)) - {r.ticket - mark.ticket for r in between}
+        waited = min(duration, waited + sum(usual.get((length, at), 0.0) for at in missing))
+    return StepSpan(rank, mark.step, duration / 1e9, (duration - waited) / 1e9, lost)
+
+
+def _add(a: StepSpan, b: StepSpan) -> StepSpan:
+    return StepSpan(a.rank, a.step, a.duration_s + b.duration_s, a.own_s + b.own_s, a.lost + b.lost)
+
+
+def meetings(rings: Mapping[int, Ring]) -> dict[tuple[int, int], Meeting]:
+    """The collectives in these records by (group, seq)."""
+    came: dict[tuple[int, int], dict[int, Record]] = defaultdict(dict)
+    members: dict[int, tuple[int, ...]] = {}
+    for rank, ring in rings.items():
+        members.update({group.id: group.ranks for group in ring.groups.values()})
+        for record in ring.records:
+            if record.is_collective:
+                came[record.group, record.seq][rank] = record
+    return {key: Meeting(*key, members.get(key[0], tuple(sorted(found))), found) for key, found in came.items()}
+
+
+def transfers(rings: Mapping[int, Ring]) -> dict[tuple[int, int, int, int], Transfer]:
+    """The messages in these records by (group, source, target, seq)."""
+    ends: dict[tuple[int, int, int, int], list[Record | None]] = defaultdict(lambda: [None, None])
+    for rank, ring in rings.items():
+        for record in ring.records:
+            if record.op == Op.SEND:
+                ends[record.group, rank, record.peer, record.seq][0] = record
+            elif record.op == Op.RECV:
+                ends[record.group, record.peer, rank, record.seq][1] = record
+    return {key: Transfer(key[1], key[2], *pair) for key, pair in ends.items()}
+
+
+def clock_offsets(found: Iterable[Meeting]) -> dict[int, int]:
+    """How far each rank's clock is ahead of the lowest rank's, in ns, for ranks joined by finished collectives."""
+    differences: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for meeting in found:
+        if meeting.complete and len(meeting.ranks) > 1 and not _rooted(meeting):
+            first = min(meeting.ranks)
+            for rank in meeting.ranks:
+                differences[first, rank].append(meeting.came[rank].end_ns - meeting.came[first].end_ns)
+    links = {pair: int(statistics.median(values)) for pair, values in differences.items()}
+    return _spread(links)
+
+
+def _spread(links: Mapping[tuple[int, int], int]) -> dict[int, int]:
+    near: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for (a, b), ahead in links.items():
+        near[a].append((b, ahead))
+        near[b].append((a, -ahead))
+    if not near:
+        return {}
+    known, queue = {min(near): 0}, [min(near)]
+    for rank in queue:
+        for other, ahead in near[rank]:
+            if other not in known:
+                known[other] = known[rank] + ahead
+                queue.append(other)
+    return known
+
+
+def _rooted(meeting: Meeting) -> bool:
+    """Whether members may leave early, because data flow only from or to one of them."""
+    return any(r.op in (Op.BROADCAST, Op.REDUCE, Op.SCATTER, Op.GATHER) for r in meeting.came.values())
+
+
+def _union(intervals: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Disjoint, ascending intervals that cover the same."""
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted(i for i in intervals if i[1] > i[0]):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(stop, out[-1][1]))
+        else:
+            out.append((start, stop))
+    return out
+
+
+def _covered(intervals: Sequence[tuple[int, int]], start: int, stop: int) -> int:
+    at = max(0, bisect_left(intervals, (start, start)) - 1)
+    total = 0
+    for low, high in intervals[at:]:
+        if low >= stop:
+            break
+        total += max(0, min(high, stop) - max(low, start))
+    return total
