@@ -51,6 +51,7 @@ __all__ = [
 ]  # fmt: skip
 
 POLL_S = 0.05
+ID_CHARS = 12
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
 
@@ -88,7 +89,7 @@ class Cluster:
         """
         if ray.is_initialized():
             raise ClusterError("cluster: this process must not be connected to Ray yet, it is; call ray.shutdown() first")
-        facts = {
+        facts: dict[str, Any] = {
             "workers_per_node": workers_per_node,
             "gpus_per_worker": gpus_per_worker,
             "import_paths": list(import_paths),
@@ -155,9 +156,8 @@ class Cluster:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            nodes, lacks = self.nodes(), {}
-            for node in nodes:
-                lacks[node.name] = self._lack(node)
+            nodes, reserved, free = self.nodes(), self._reserved(), ray_state.available_resources_per_node()
+            lacks = {n.name: self._lack(n, free.get(n.ray_id, {}), n.ray_id[:ID_CHARS] in reserved) for n in nodes}
             fit = tuple(node for node in nodes if not lacks[node.name])
             if len(fit) >= num_nodes:
                 return fit
@@ -218,7 +218,7 @@ class Cluster:
 
     def drain(self, node: str, *, deadline_s: float) -> None:
         """Give notice to a node, as a cloud does before it takes a machine back. It then shows as `draining`."""
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
         deadline_ms = int((time.time() + deadline_s) * 1000)
@@ -269,7 +269,7 @@ class Cluster:
         if self.control is None:  # a local cluster's processes have this environment from the start
             options["runtime_env"] = {"env_vars": {**REMOTE_ENV, "PYTHONPATH": code().path, "HOLDFAST_NODE": node}}
         hosting = {"log": log, "paths": self._facts["import_paths"], "node": node}
-        handle = Actor.options(**options).remote(factory, dict(payload), hosting)
+        handle = Actor.options(**options).remote(factory, dict(payload), hosting)  # type: ignore[attr-defined]
         return Remote(handle, name=name, node=node)
 
     def _found(self, kind: str) -> dict[str, Remote]:
@@ -303,7 +303,7 @@ class Cluster:
         """The node's reservation: a bundle for each of its workers. Made once per life of a node, found again by name."""
         with self._lock:
             if node.ray_id not in self._groups:
-                name = f"{namespace(self.run_id)}:{node.name}:{node.ray_id[:8]}"
+                name = f"{namespace(self.run_id)}:{node.name}:{node.ray_id[:ID_CHARS]}"
                 try:
                     self._groups[node.ray_id] = get_placement_group(name)
                 except ValueError:
@@ -342,7 +342,13 @@ class Cluster:
             domain=self._facts["domains"].get(name) or labels.get(DOMAIN_LABEL) or name,
         )
 
-    def _lack(self, node: Node) -> str:
+    def _reserved(self) -> set[str]:
+        """The nodes that this run holds already, by the id in their reservation's name."""
+        mine = f"{namespace(self.run_id)}:"
+        rows = ray.util.placement_group_table().values()
+        return {r["name"].rpartition(":")[2] for r in rows if r["name"].startswith(mine) and r["state"] != "REMOVED"}
+
+    def _lack(self, node: Node, free: Mapping[str, float], reserved: bool) -> str:
         """Why a node cannot hold its workers, or nothing."""
         workers, gpus = self._facts["workers_per_node"], self._facts["gpus_per_worker"] * self._facts["workers_per_node"]
         if not node.alive:
@@ -351,9 +357,8 @@ class Cluster:
             return "the head, which holds no workers"
         if node.draining:
             return "draining"
-        if node.ray_id in self._groups:
+        if reserved:
             return ""
-        free = ray_state.available_resources_per_node().get(node.ray_id, {})
         if free.get("CPU", 0.0) < workers:
             return f"{free.get('CPU', 0.0):g} of {node.cpus:g} CPUs free"
         if free.get("GPU", 0.0) < gpus:

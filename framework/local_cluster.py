@@ -39,6 +39,11 @@ T = TypeVar("T")
 PRELOAD = (
     "ray",
     "ray._private.node",
+    "ray._private.arrow_serialization",
+    "ray._common.usage.usage_lib",
+    "ray._common.pydantic_compat",
+    "pydantic.v1",
+    "pyarrow.json",
     "numpy",
     "torch",
     "torch.distributed.fsdp",
@@ -106,7 +111,7 @@ class LocalCluster:
         """Returns when the head and every node are registered. Raises ClusterError, with the last words of who failed."""
         deadline = time.monotonic() + timeout_s
         self.enter()  # imports ray, while the warden's children start
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         self._mark("import_ray_s")
         port = self._until(deadline, "GCS", lambda: _read(self.folder / f"gcs_server_port_{self._head_id}"))
@@ -141,7 +146,7 @@ class LocalCluster:
 
     def enter(self) -> None:
         """Let this process speak to the cluster: its token, and no other cluster's address."""
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(self.folder / "token"))
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):

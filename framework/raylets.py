@@ -2,7 +2,7 @@
 
     gcs_server          one, with the health check's patience
     raylet              one per node: --python_worker_command is our launcher, which has the zygote fork a worker
-                        its agents are `sleep`: it shares their fate, so it must have some; the files in which they would
+                        its agents are `cat`: it shares their fate, so it must have some; the files in which they would
                         have told their ports are written beforehand
 
 Rule of this file: values in, words out. It imports no Ray and starts nothing.
@@ -36,7 +36,8 @@ SYSTEM_CONFIG = {  # threshold x period above 3 s: on a busy machine a tighter c
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 1500,
     "health_check_failure_threshold": 4,
-    "timeout_ms_task_wait_for_death_info": 200,  # a caller's patience with a dead peer before it says "unavailable"
+    "timeout_ms_task_wait_for_death_info": 200,  # a caller's patience with a dead peer before it says "unavailable",
+    "core_worker_internal_heartbeat_ms": 200,  # looked at in this rhythm
 }
 RAY_ENV = {
     "RAY_AUTH_MODE": "token",
@@ -44,13 +45,21 @@ RAY_ENV = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
+    "RAY_enable_pipe_based_agent_to_parent_health_check": "1",  # agents end with their raylet, whatever ends it
     "RAY_worker_register_timeout_seconds": "120",  # the first workers wait for the zygote's imports
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_BACKEND_LOG_LEVEL": "warning",
 }
-WORKER_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+WORKER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # the zygote may have no second thread
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 def _ray_folder() -> Path:
@@ -112,7 +121,7 @@ def template(folder: Path, address: str, cluster_id: str, head_id: str) -> dict[
         f"--cluster-id={cluster_id}",
         "RAY_WORKER_DYNAMIC_OPTION_PLACEHOLDER",
     ]
-    no_agent = '/bin/sh -c "exec sleep infinity" agent'  # a raylet shares the fate of its agents, so it must have some
+    no_agent = '/bin/sh -c "exec cat >/dev/null" agent'  # a raylet shares the fate of its agents, so it must have some
     argv = [
         str(ray / "core/src/ray/raylet/raylet"),
         "--node_id=@ID@",

@@ -46,6 +46,8 @@ def serve(listener: socket.socket, *, book: Path, preload: list[str], after_fork
     """
     for name in preload:
         _import(name)
+    if (threads := len(list(Path("/proc/self/task").iterdir()))) > 1:
+        print(f"zygote: must have one thread to fork, the imports have started {threads - 1} more", file=sys.stderr, flush=True)
     gc.collect()
     gc.freeze()  # the collector must not touch, and so copy, the shared pages
     signal.signal(signal.SIGCHLD, lambda *_: _reap(book))
