@@ -4,6 +4,7 @@
     optim.lr, global_batch, ...  the step law, from the model's size and num_steps (optim=step_law)
     layout.num_microbatches      2 pp with a pipeline, else 1
     cluster.max_nodes            num_nodes
+    drill.faults[].node          a number n stands for the emulated node called n<n>
 
 Rule of this file: plain values in and out. What is of a wrong type is left alone, for the door to refuse by name.
 """
@@ -28,7 +29,20 @@ def derive(values: Mapping[str, Any]) -> dict[str, Any]:
     _fill(cluster, "max_nodes", cluster.get("num_nodes"))
     pp = layout.get("pp")
     _fill(layout, "num_microbatches", 2 * pp if isinstance(pp, int) and pp > 1 else 1)
+    for fault in _faults(tree):
+        if isinstance(fault.get("node"), int) and not isinstance(fault["node"], bool):
+            fault["node"] = f"n{fault['node']}"
     return tree
+
+
+def _faults(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Copies of the faults, which take the place of the originals."""
+    drill = _group(tree, "drill")
+    faults = drill.get("faults")
+    if not isinstance(faults, list | tuple):
+        return []
+    drill["faults"] = [dict(fault) if isinstance(fault, Mapping) else fault for fault in faults]
+    return [fault for fault in drill["faults"] if isinstance(fault, dict)]
 
 
 def _apply_step_law(optim: dict[str, Any], model: Mapping[str, Any], data: Mapping[str, Any]) -> None:

@@ -90,7 +90,7 @@ def refuse_unknown_flags(arguments: Sequence[str]) -> None:
             near = difflib.get_close_matches(flag, [f for f in FLAGS if f.startswith("--")], n=1, cutoff=0.5)
             raise ValueError(f"{flag}: no such option; " + (f"did you mean {near[0]}?" if near else "see --help"))
     for flag, choices in CHOICES.items():
-        for before, word in zip(arguments, [*arguments[1:], ""], strict=True):
+        for before, word in zip(arguments, [*arguments[1:], ""], strict=False):
             if before == flag and word not in choices:
                 raise ValueError(
                     f"{flag}: must be one of {', '.join(choices)}, got {word!r}; for example {flag} {choices[0]}"

@@ -53,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", INTERRUPTED)
     except ValueError as error:
+        if not _deliberate(error):
+            raise
         if os.environ.get("HOLDFAST_TRACEBACK") == "1":
             traceback.print_exc()
         return _say(str(error), USER_ERROR)
+    except SystemExit as end:  # argparse, here or in Hydra
+        return end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:  # `holdfast plan | head`: whoever read us has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -109,6 +113,12 @@ def _own_packages_first() -> None:
 
     if strangers():
         sys.path.insert(0, str(HERE.parent))
+
+
+def _deliberate(error: ValueError) -> bool:
+    """Whether a `raise` of ours is where it comes from: then it is meant for the user, else it is a bug of ours."""
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(origin.filename).is_relative_to(HERE.parent) and (origin.line or "").startswith("raise")
 
 
 def _say(message: str, code: int) -> int:

@@ -19,7 +19,7 @@ from launch.compose import groups, run_composed
 HELP = """
 groups (choose an option with group=option):
 {groups}
-Every value can be overridden: optim.lr=3e-4 model.num_layers=8 'drill.faults=[{{step: 9, kind: kill_node, node: node1}}]'
+Every value can be overridden: optim.lr=3e-4 model.num_layers=8 'drill.faults=[{{step: 9, kind: kill_node, node: n1}}]'
 Your own options: put experiment/mine.yaml below a folder and say --config-dir FOLDER experiment=mine
 
 flags:

@@ -158,6 +158,15 @@ def test_a_reader_that_closes_early_is_no_error(tmp_path):
     assert done.stderr == ""
 
 
+def test_a_value_error_that_nobody_meant_for_the_user_keeps_its_traceback(monkeypatch, capsys):
+    """A `zip(strict=True)` of ours once failed inside `holdfast plan` and looked like a wrong config."""
+    from launch import plan
+
+    monkeypatch.setattr(plan, "main", lambda words: list(zip([1], [], strict=True)))
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        main(["plan"])
+
+
 @pytest.mark.slow
 def test_control_c_ends_with_130_and_one_line(tmp_path):
     program = (
