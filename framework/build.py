@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from framework import data as data_source
-from framework.batching import Loader, share, tokens_labels
+from framework.batching import Loader
 from framework.config import Config, ModelConfig
 from framework.config_rules import OWN_MODEL
 from framework.schedule import Schedule
@@ -35,22 +34,15 @@ def device_kind(wish: str) -> str:
     return wish
 
 
-def data_values(config: Config) -> dict[str, Any]:
-    """The data section as the plain values that `framework.data` decodes."""
-    data = config.data
-    common = {"kind": data.kind, "seq_len": data.seq_len, "val_fraction": data.val_fraction, "tokenizer": data.tokenizer}
-    return common | dict(data.options)
-
-
 def open_data(config: Config) -> Data:
     """The samples of the run. Raises ValueError for what the user can mend."""
-    return data_source.build(data_values(config), seed=config.seed)
+    return data_source.build(config.data, seed=config.seed)
 
 
 def model_builder(config: Config) -> Callable[[], nn.Module]:
     """A function that builds the whole model on torch's current default device."""
     model = config.model
-    vocab_size = model.vocab_size or data_source.vocab_size(data_values(config))
+    vocab_size = model.vocab_size or data_source.vocab_size(config.data)
     module, _, name = model.target.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), name)
@@ -108,35 +100,14 @@ def make_schedule(config: Config) -> Schedule:
     )
 
 
-def num_held_out(config: Config, data: Data) -> int:
-    """How many held-out samples an evaluation uses."""
-    return min(config.monitor.eval_samples, data.num_val)
-
-
-class StepFeed:
+def make_feed(config: Config, data: Data, *, dp: int, dp_index: int, num_microbatches: int) -> Loader:
     """One replica's samples of every step, and of evaluations; `Feed` of `framework/trainer.py`."""
-
-    def __init__(self, config: Config, data: Data, *, dp: int, dp_index: int, num_microbatches: int) -> None:
-        self._data, self._seq_len = data, config.data.seq_len
-        self._global_batch = config.optim.global_batch
-        self._cut = {"dp": dp, "dp_index": dp_index, "num_microbatches": num_microbatches}
-        self._num_held_out = num_held_out(config, data)
-        self._loader = Loader(data, seq_len=self._seq_len, global_batch=self._global_batch, **self._cut)
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """tokens_BT and labels_BT of this replica for a step (1-based)."""
-        batch = self._loader.batch((step - 1) * self._global_batch)
-        return batch.tokens_BT, batch.labels_BT
-
-    def held_out(self) -> list[tuple[Tensor, Tensor]]:
-        """This replica's held-out samples, in batches of the shape of a training batch."""
-        return [self._held_out(first) for first in range(0, self._num_held_out, self._global_batch)]
-
-    def close(self) -> None:
-        """End the thread that reads ahead."""
-        self._loader.close()
-
-    def _held_out(self, first: int) -> tuple[Tensor, Tensor]:
-        indices = share(first_sample=first, global_batch=self._global_batch, **self._cut)
-        inside = [i if i is not None and i < self._num_held_out else None for i in indices]
-        return tokens_labels(self._data.val, inside, seq_len=self._seq_len)
+    return Loader(
+        data,
+        seq_len=config.data.seq_len,
+        global_batch=config.optim.global_batch,
+        dp=dp,
+        dp_index=dp_index,
+        num_microbatches=num_microbatches,
+        eval_samples=config.monitor.eval_samples,
+    )

@@ -21,21 +21,24 @@ import threading
 import time
 from typing import Any
 
-from framework.cluster import Cluster
+from framework.cluster import CallError, Cluster
 from framework.config import decode
 from framework.crew import Crew, muster
+from framework.durable import Durable
 from framework.incident import Quarantine, Trouble
 from framework.journal import Journal
 from framework.memory import Memory
-from framework.plan import Place, Plan, Refused, make_plan, worth_growing
+from framework.plan import Place, Plan, Refused, Source, make_plan, worth_growing
 from framework.planner import Planner
 from framework.pool import Pool, PoolError
 from framework.rendezvous import Rendezvous
 from framework.watch import Limits, Sight, judge
+from parallel.layout import Layout
 
 LOOK_S = 0.1
 ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
 STOP_S = 60.0
+CLOSE_OUT_S = 600.0
 SETTLE_S = 3.0  # a node must have been there this long before the crew grows onto it
 MAX_FAILURES = 3  # at the same step, without one step of progress between
 
@@ -48,15 +51,18 @@ class Controller:
         self._run_id = run_id
         self._cluster = Cluster.inside(run_id)
         self._journal = Journal(self._config, run_id)
-        self._planner = Planner(self._config, run_id)
-        self._rendezvous = Rendezvous()
+        self._planner = Planner(self._config)
+        self._rendezvous = Rendezvous(self._cluster.own_ip())
         self._memory = Memory(self._config, run_id=run_id, secret=secret, atlas=self._planner.atlas)
         worker = {"config": config, "run_id": run_id, "secret": secret}
-        agent = {"run_id": run_id, "secret": secret, "scrub_mb_s": self._config.fault_tolerance.scrub_mb_s}
+        agent = {"run_id": run_id, "secret": secret}
+        self._durable = Durable(self._config, run_id=run_id)
+        self._specs = self._planner.atlas(Layout(), "1f1b").specs
         self._pool = Pool(self._cluster, logs=self._journal.logs, agent=agent, worker=worker)
         self._quarantine = Quarantine(max_losses=3, window_s=600.0, expiry_s=self._config.detect.quarantine_s)
         self._stop = threading.Event()
         self._failures: dict[int, int] = {}
+        self._summary: dict[str, Any] | None = None
         self._seen_since: dict[str, float] = {}
 
     def progress(self, since: int) -> dict[str, Any]:
@@ -69,7 +75,12 @@ class Controller:
         self._stop.set()
 
     def run(self) -> dict[str, Any]:
-        """The whole run. Returns the summary, `exit_code` included."""
+        """The whole run. Returns the summary, `exit_code` included; called again, the same one."""
+        if self._summary is None:
+            self._summary = self._whole_run()
+        return self._summary
+
+    def _whole_run(self) -> dict[str, Any]:
         trouble = self._inherit()
         try:
             while True:
@@ -95,6 +106,9 @@ class Controller:
         if ended is None or (self._stop.is_set() and crew.finished):
             return None
         self._clear(crew, ended)
+        if any(view.how == "restore_failed" for view in crew.ended().values()):
+            self._reject(plan)
+            return ended  # not counted: what failed is not tried again
         return self._count(ended)
 
     # look and plan
@@ -129,12 +143,29 @@ class Controller:
             )
         places = self._places()
         self._memory.look(self._pool.agents)
-        source = self._memory.source(reached=self._journal.reached)
+        source = self._source()
         generation = max(self._memory.generation, self._journal.generation)
         situation = self._planner.situation(
             places, source=source, generation=generation, overlap=self._memory.overlap, trouble=trouble
         )
         return make_plan(self._run_id, self._planner.wish(), situation)
+
+    def _source(self) -> Source:
+        """Where the state comes from: the newest snapshot, else the newest checkpoint, else the seed.
+
+        Raises Refused when steps were taken and nothing of them is left.
+        """
+        snapshot, durable = self._memory.snapshot, self._durable.newest()
+        if snapshot is not None and (durable is None or snapshot.step >= durable.step):
+            return Source("memory", snapshot.step)
+        if durable is not None:
+            return durable
+        if self._journal.reached == 0:
+            return Source("fresh", 0)
+        raise Refused(
+            f"state lost: step {self._journal.reached} was reached, and no snapshot decodes ({self._memory.reasons or 'none is left'}) "
+            "and there is no checkpoint; start again, with fault_tolerance.tolerate raised or fault_tolerance.durable.every_steps set"
+        )
 
     # muster
 
@@ -164,8 +195,7 @@ class Controller:
         leaving: Trouble | None = None
         while True:
             self._journal.take(crew.look(), crew.plan)
-            self._journal.snapshots(self._memory.poll(self._pool.agents))
-            self._journal.serve_requests(self._memory)
+            self._keep(crew.plan)
             if crew.finished:
                 self._journal.take(crew.last_words(), crew.plan)
                 return self._conclude(crew, leaving)
@@ -179,6 +209,16 @@ class Controller:
                     self._journal.event("trouble", reason=str(leaving), cause=leaving.kind)
                     crew.request_stop()
             time.sleep(LOOK_S)
+
+    def _keep(self, plan: Plan) -> None:
+        """Write down what became of snapshots, and have those that are due saved to storage."""
+        for snapshot in self._memory.poll():
+            self._journal.event("snapshot", **snapshot)
+            self._journal.tolerance = self._memory.tolerance()
+            if snapshot["protected"] and self._durable.due(snapshot["step"]):
+                self._durable.begin(plan, snapshot["step"], self._pool.agents, self._specs)
+        for saved in self._durable.poll():
+            self._journal.event("checkpoint", **saved)
 
     def _conclude(self, crew: Crew, leaving: Trouble | None) -> Trouble | None:
         outcomes = [view.outcome for view in crew.ranks if view.outcome is not None]
@@ -264,6 +304,13 @@ class Controller:
             self._pool.forget_agent(node)
         self._journal.cleared(seconds=time.monotonic() - began, stuck=stuck)
 
+    def _reject(self, plan: Plan) -> None:
+        """The state that a plan started from failed its proof: the same step and tier are never tried again."""
+        if plan.source.tier == "memory":
+            self._memory.reject_newest()
+        elif plan.source.path is not None:
+            self._durable.reject(plan.source.path)
+
     def _count(self, trouble: Trouble) -> Trouble:
         """Count failures of the same step. Raises NoProgress when there are too many."""
         if trouble.planned:
@@ -276,8 +323,30 @@ class Controller:
 
     def _end(self, status: str, reason: str = "") -> dict[str, Any]:
         """Write the last word: what the run came to, or what is lost and how to go on."""
-        closing = self._memory.closing(self._pool, status) if status in ("finished", "interrupted") else {}
-        return self._journal.summary(status, reason=reason, closing=closing)
+        closing = self._close_out(status) if status in ("finished", "interrupted") else {}
+        exit_code = {"finished": 0, "interrupted": 130, "no_progress": 4}.get(status, 3)
+        return self._journal.summary(status, reason=reason, closing=closing, exit_code=exit_code)
+
+    def _close_out(self, status: str) -> dict[str, Any]:
+        """Save the last state if that is wished, and have a worker read it once more, whole."""
+        plan = self._journal.plan
+        self._memory.look(self._pool.agents)
+        snapshot = self._memory.snapshot
+        if plan is None or snapshot is None or snapshot.step != self._journal.reached:
+            return {}
+        self._keep(plan)
+        self._durable.finish()
+        wish = self._config.fault_tolerance.durable
+        if wish.at_end if status == "finished" else wish.on_signal:
+            self._durable.begin(plan, snapshot.step, self._pool.agents, self._specs)
+            self._durable.finish()
+            self._keep(plan)
+        call = self._pool.workers[plan.seats[0].worker].call("close_out", snapshot.to_json(), status == "finished")
+        try:
+            return dict(call.result(CLOSE_OUT_S))
+        except (CallError, TimeoutError) as error:
+            self._journal.event("trouble", reason=f"the last state could not be read: {error}", cause="close_out")
+            return {}
 
 
 class NoProgress(Refused):

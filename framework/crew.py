@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from framework.cluster import Call, CallError, Cluster, Remote, WorkerDied, WorkerUnavailable, tail
+from framework.cluster import Call, CallError, Remote, WorkerDied, WorkerUnavailable, tail
 from framework.nodes import Exit
 from framework.plan import Plan
 from framework.watch import Ended
@@ -148,7 +148,7 @@ class Crew:
 
 
 def muster(
-    cluster: Cluster, plan: Plan, *, agents: Mapping[str, Remote], order: Mapping[str, Any], workers: Mapping[str, Remote]
+    plan: Plan, *, agents: Mapping[str, Remote], order: Mapping[str, Any], workers: Mapping[str, Remote]
 ) -> Crew:
     """Send every rank to its seat. `workers` by worker id must hold a live one for every seat of the plan."""
     ranks = []

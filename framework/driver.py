@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from framework.cluster import Call, CallError, Cluster, ClusterError, Remote
+from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError
 from framework.config import Config, plain
 from framework.outlook import outlook
 from framework.progress import make_progress
@@ -70,7 +70,7 @@ def _opened(config: Config, run_id: str) -> Iterator[Cluster]:
         num_nodes=wish.num_nodes,
         workers_per_node=wish.workers_per_node,
         spare_nodes=wish.spare_nodes,
-        domains=wish.domains,
+        domains=None,
         start_timeout_s=wish.start_timeout_s,
     )
     try:
@@ -94,7 +94,11 @@ def _follow(cluster: Cluster, controller: Remote, shown: Telemetry, interrupts: 
                 controller.call("stop", "interrupted by a signal")
             if interrupts.count > 1:
                 return {"status": "interrupted", "reason": "ended at once by a second signal"}
-        except (CallError, TimeoutError) as error:
+        except RemoteError:
+            raise  # a fault of the program, not of a machine: starting again would only repeat it
+        except TimeoutError:
+            continue  # busy, not lost: a lost one says so by an error
+        except CallError as error:
             shown.event(_notice(f"controller lost: {error}"))
             controller, call = _again(cluster, error)
             since = 0

@@ -17,6 +17,7 @@ Rule of this file: it hurts processes, and knows nothing of training.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from framework.machines import Machines
 
 PHASES = ("forward", "backward", "optimizer", "staging", "encode", "transfer", "recovery")
 KINDS = (
@@ -131,25 +134,16 @@ class FaultInjector:
         self._act[fault.kind](fault)
 
 
-def raylet_of(process: psutil.Process) -> psutil.Process | None:
-    """The raylet that started a process, or None."""
-    return next((p for p in process.parents() if p.name() == "raylet"), None)
-
-
 def kill_tree(root: psutil.Process) -> None:
     """SIGKILL a process and all below it, as a power cut would; the caller's own process comes last."""
     root.suspend()
     victims = [p for p in root.children(recursive=True) if p.pid != os.getpid()]
     for victim in victims:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             victim.suspend()
-        except psutil.NoSuchProcess:
-            continue
     for victim in [*victims, root]:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
 def _kill_worker(_: Fault) -> None:
@@ -161,7 +155,11 @@ def _stop_worker(_: Fault) -> None:
 
 
 def _kill_node(_: Fault) -> None:
-    raylet = raylet_of(psutil.Process())
+    """On an emulated machine its warden pulls the plug; on a real one all processes of this node's Ray are killed."""
+    control, node = os.environ.get("HOLDFAST_CONTROL"), os.environ.get("HOLDFAST_NODE")
+    if control and node:
+        Machines(control).kill(node)
+    raylet = next((p for p in psutil.Process().parents() if p.name() == "raylet"), None)
     if raylet is not None:
         kill_tree(raylet)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -55,7 +55,8 @@ class Journal:
         self._number = 0
         self._lock = threading.Lock()
         self._val_loss: float | None = None
-        self._plan: Plan | None = None
+        self.plan: Plan | None = None
+        self.tolerance = 0
 
     # facts
 
@@ -99,7 +100,7 @@ class Journal:
 
     def planned(self, plan: Plan, *, seconds: float) -> None:
         """A generation begins."""
-        self.generation, self._plan = plan.generation, plan
+        self.generation, self.plan = plan.generation, plan
         if self._open is not None:
             self._open.plan_s, self._open.decision = seconds, plan.reason
             self._open.layout_after = str(plan.layout)
@@ -143,11 +144,6 @@ class Journal:
                     fields = {k: v for k, v in item.items() if k not in ("event", "reason", "step", "generation", "kind")}
                     self.event(str(kind), reason=str(item["reason"]), step=int(item["step"]), **fields)
 
-    def snapshots(self, snapshots: Iterable[Mapping[str, Any]]) -> None:
-        """Snapshots that have become protected, or were lost, since the last time."""
-        for snapshot in snapshots:
-            self.event("snapshot", **snapshot)
-
     def trouble(self, trouble: Trouble, plan: Plan) -> None:
         """A generation has ended before its time; an incident begins."""
         self._close_incident()
@@ -175,7 +171,7 @@ class Journal:
             "steps": self.reached,
             "final_loss": last["loss"] if last else None,
             "val_loss": self._val_loss,
-            "layout": str(self._plan.layout) if self._plan else None,
+            "layout": str(self.plan.layout) if self.plan else None,
             "generations": self.generation,
             "samples": int(last["samples"][1]) + 1 if last else 0,
             "goodput": min(1.0, self._counted_s() / wall),
@@ -198,6 +194,7 @@ class Journal:
     def _row(self, row: Mapping[str, Any], plan: Plan) -> None:
         now = time.monotonic()
         self._dir.metric(row)
+        row = {**row, "tolerance": self.tolerance}
         self._telemetry.step(row)
         while self._rows and self._rows[-1]["step"] >= row["step"]:
             self._rows.pop()

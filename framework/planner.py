@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 
 from framework import data as data_source
-from framework.build import data_values, device_kind, make_atlas
+from framework.build import device_kind, make_atlas
 from framework.config import Config
 from framework.config_rules import OWN_MODEL
 from framework.cost import Method, ModelCost, Rates, calibrated, guess, predict
@@ -48,7 +48,7 @@ class Planner:
             num_heads=model.num_heads,
             num_kv_heads=model.num_kv_heads,
             ffn_dim=model.ffn_dim,
-            vocab_size=model.vocab_size or data_source.vocab_size(data_values(self._config)),
+            vocab_size=model.vocab_size or data_source.vocab_size(self._config.data),
             seq_len=data.seq_len,
             tied=model.tie_embeddings,
         )

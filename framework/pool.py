@@ -33,9 +33,10 @@ class Pool:
 
     def start(self, seats: Sequence[str]) -> None:
         """Start what is missing for these seats (`<node>.<slot>`): workers, and the agents of their nodes. Does not wait."""
+        hosts = {node.name: node.ip for node in self._cluster.nodes() if node.alive}
         for node in dict.fromkeys(seat.rpartition(".")[0] for seat in seats):
-            if node not in self.agents:
-                payload = {**self._agent_payload, "node": node}
+            if node not in self.agents and node in hosts:
+                payload = {**self._agent_payload, "node": node, "host": hosts[node]}
                 self.agents[node] = self._cluster.start_vault(
                     node, "framework.agent:Agent", payload, log=self._log("agent", node)
                 )
@@ -128,9 +129,9 @@ class Pool:
             else:
                 self.forget(name)
             raise PoolError(f"{who} did not start: {error}\n{tail(self._log(kind, name), 5)}".rstrip()) from error
-        for key in ("code_path", "version"):
+        for key in ("version", "digest"):
             if identity[key] != self._identity[key]:
                 raise PoolError(
-                    f"{who} runs another program: {key} must be {self._identity[key]}, got {identity[key]}; "
-                    "install the same holdfast on every node"
+                    f"{who} runs another program: {key} must be {self._identity[key]}, got {identity[key]} in "
+                    f"{identity['code_path']}; install the same holdfast on every node"
                 )

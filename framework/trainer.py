@@ -49,6 +49,8 @@ class Snapshots(Protocol):
 
     def cost_s(self) -> float: ...
 
+    def has_room(self) -> bool: ...
+
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
@@ -123,7 +125,8 @@ class Trainer:
 
     def run(self, step: int) -> Outcome:
         """Train from `step` optimizer steps taken to `num_steps`. Raises RuntimeError when a collective fails."""
-        self._snapshot(step, protect_now=True)
+        if self._settings.interval(0.0, 0.0) > 0:
+            self._snapshot(step, must=True)
         while step < self._settings.num_steps:
             began = time.monotonic()
             report = self._pass(step + 1)
@@ -198,20 +201,27 @@ class Trainer:
         if report.defer and not last:
             self._emit({"event": "snapshot", "step": step, "skipped": True, "reason": "the one before is not protected"})
             return
-        self._snapshot(step, protect_now=last)
+        self._snapshot(step, must=last)
 
-    def _snapshot(self, step: int, *, protect_now: bool) -> None:
-        """Begin a snapshot; `protect_now` waits first until there is room for it, and at the end of a run for its copy."""
-        if self._snapshots is None:
+    def _snapshot(self, step: int, *, must: bool) -> None:
+        """Begin a snapshot; one that must be taken waits until all ranks have room for it."""
+        if self._snapshots is None or step == self._last_snapshot:
             return
         self._phase(step, "staging")
-        while protect_now and not self._snapshots.ready():
+        self._snapshots.gate()
+        while must and self._anywhere(not self._snapshots.has_room()):
             time.sleep(0.01)
         samples = step * self._settings.global_batch
         self._snapshots.begin(step, {"step": step, "samples": samples}, self._engine.state())
         self._last_snapshot = step
         self._faults.at(step, "encode")
         self._faults.at(step, "transfer")
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so on any rank. A collective: asked before a snapshot that must be taken, since a vault has
+        no more room for it as soon as another rank has begun it.
+        """
+        return self._sum(torch.tensor([float(here)], dtype=torch.float64)).item() > 0
 
     def _evaluate(self, step: int, *, final: bool = False) -> float | None:
         every = self._settings.eval_every

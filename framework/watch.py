@@ -19,7 +19,7 @@ from framework.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How the call that runs a rank ended: `died` (process or node), `error` (raised), `collective` or an outcome."""
+    """How the call that runs a rank ended: `died` (process or node), `error` or `restore_failed`, `collective`, `aborted`."""
 
     how: str
     evidence: str
@@ -94,7 +94,7 @@ def _lost_processes(sight: Sight, plan: Plan) -> Trouble | None:
 
 
 def _own_errors(sight: Sight, plan: Plan) -> Trouble | None:
-    ranks = sorted((e.at, r) for r, e in sight.ended.items() if e.how == "error")
+    ranks = sorted((e.at, r) for r, e in sight.ended.items() if e.how in ("error", "restore_failed"))
     if not ranks:
         return None
     first = ranks[0][1]

@@ -24,16 +24,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fault_tolerance.interval import young_steps
-from framework.build import StepFeed, device_kind, make_engine, make_schedule, num_held_out, open_data
+from fault_tolerance.catalogue import Snapshot
+from fault_tolerance.interval import choose
+from fault_tolerance.snapshot_plan import SnapshotPlan
+from framework.build import device_kind, make_engine, make_feed, make_schedule, model_builder, open_data
 from framework.config import Config, decode
 from framework.faults import FaultInjector
+from framework.finish import sample_text, state_digest
 from framework.incident import Recovery
 from framework.initial import InitialWeights
 from framework.plan import Plan
-from framework.restoring import RestoreFailed, restore
+from framework.restoring import RestoreFailed, restore, tensor_reader
 from framework.staging import Staging
 from framework.trainer import Outcome, Trainer, TrainSettings
+from parallel.assemble import meta
 from parallel.engine import Engine
 from parallel.mesh import Mesh
 
@@ -96,6 +100,15 @@ class Worker:
             self.abort(self._generation)
         return self._done.wait(15.0)
 
+    def close_out(self, snapshot: dict[str, Any], finished: bool) -> dict[str, Any]:
+        """What is said of the final state: its digest and, of a finished run, text that the model writes."""
+        found = Snapshot.from_json(snapshot)
+        with tensor_reader(found, node=self._node, secret=self._secret) as read:
+            said: dict[str, Any] = {"state_sha256": state_digest(found.plan.atlas.specs, read, step=found.step)}
+            if finished and self._config.monitor.sample_bytes:
+                said["sample"] = sample_text(self._config, self._data, read)
+        return said
+
     def close(self) -> None:
         """The process is about to end."""
         self.abort(self._generation)
@@ -157,7 +170,7 @@ class Worker:
                     restore_s=time.monotonic() - built,
                 ),
             })
-            staging = Staging.open(order, atlas=engine.atlas, run_id=self._run_id, secret=self._secret, device=mesh.device)
+            staging = Staging(SnapshotPlan.from_json(order["snapshots"]), rank=order["rank"], secret=self._secret)
             return self._train(engine, mesh, plan, faults, staging, start=recovery["step"], reporter=order["rank"] == 0)
         finally:
             self._phase = "close"
@@ -170,30 +183,28 @@ class Worker:
 
     def _restore(self, engine: Engine, mesh: Mesh, plan: Plan, order: dict[str, Any]) -> dict[str, Any]:
         if plan.source.tier == "fresh":
-            from parallel.assemble import meta
-
-            from framework.build import model_builder
-
             engine.initialise(InitialWeights(meta(model_builder(self._config)), seed=self._config.seed))
             return {"tier": "fresh", "step": 0}
-        return restore(engine, mesh, plan, order, run_id=self._run_id, secret=self._secret)
+        return restore(
+            engine, mesh, plan.source, snapshot=order["restore"], node=self._node, secret=self._secret
+        )
 
     def _train(
         self, engine: Engine, mesh: Mesh, plan: Plan, faults: FaultInjector, staging: Staging, *, start: int, reporter: bool
     ) -> Outcome:
         config, layout = self._config, plan.layout
-        feed = StepFeed(
+        feed = make_feed(
             config, self._data, dp=layout.dp, dp_index=mesh.seat[1], num_microbatches=plan.num_microbatches
         )
         self._trainer = trainer = Trainer(
             engine=engine,
             feed=feed,
             learning_rate=make_schedule(config).lr,
-            snapshots=staging if staging.active else None,
+            snapshots=staging,
             faults=faults,
             sum_over_ranks=mesh.sum,
             num_ranks=layout.world,
-            settings=self._settings(),
+            settings=self._settings(feed.held_out_tokens),
             emit=(lambda item: self._say(item | {"generation": plan.generation, "layout": str(layout)}))
             if reporter
             else (lambda item: None),
@@ -206,7 +217,7 @@ class Worker:
         finally:
             feed.close()
 
-    def _settings(self) -> TrainSettings:
+    def _settings(self, held_out_tokens: int) -> TrainSettings:
         config = self._config
         every, mtbf_s = config.fault_tolerance.every_steps, config.fault_tolerance.mtbf_hours * 3600
         return TrainSettings(
@@ -215,8 +226,8 @@ class Worker:
             tokens_per_step=config.optim.global_batch * config.data.seq_len,
             grad_clip=config.optim.grad_clip,
             eval_every=config.monitor.eval_every,
-            held_out_tokens=num_held_out(config, self._data) * config.data.seq_len,
-            interval=lambda cost_s, step_s: every if isinstance(every, int) else young_steps(cost_s, step_s, mtbf_s),
+            held_out_tokens=held_out_tokens,
+            interval=lambda cost_s, step_s: every if isinstance(every, int) else _auto_steps(cost_s, step_s, mtbf_s),
             max_skips=config.detect.max_skips,
         )
 
@@ -247,6 +258,11 @@ class Worker:
             if not self._done.is_set() and time.monotonic() - self._heard > LEASE_S:
                 print(f"lease: no word from the controller for {LEASE_S:.0f} s; leaving the crew", flush=True)
                 self.abort(self._generation)
+
+
+def _auto_steps(cost_s: float, step_s: float, mtbf_s: float) -> int:
+    """Steps between snapshots by Young's rule; every step while nothing has been measured."""
+    return choose(cost_s=cost_s, mtbf_s=mtbf_s, step_s=step_s).steps if step_s > 0 else 1
 
 
 def _is_collective(error: Exception) -> bool:

@@ -1,0 +1,84 @@
+"""Agent: what stands for a node between plans. It hosts the node's vault and does what only a local process can.
+
+    controller --open, inventory, status--> agent [ vault ] <--Unix socket-- workers of the node
+                                                      ^--TCP-- vaults and readers of other nodes
+
+Rule of this file: a thin host. The vault keeps the bytes (`fault_tolerance/vault.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from typing import Any
+
+import psutil
+
+from fault_tolerance.index import entry_to_plain
+from fault_tolerance.shard import write_shard
+from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.vault import Vault
+
+
+class Agent:
+    """Hosted in an actor, one a node; its methods are called by name."""
+
+    def __init__(self, *, run_id: str, secret: str, node: str, host: str) -> None:
+        """`host` is the address under which other nodes reach this one."""
+        self._node = node
+        self._vault = Vault(node=node, run=run_id, secret=bytes.fromhex(secret), listen=f"{host}:0")
+        self._vault.start()
+
+    def address(self) -> str:
+        """Where the vault listens."""
+        return self._vault.address
+
+    def fence(self, generation: int) -> None:
+        """Refuse workers of generations before this one."""
+        self._vault.raise_fence(generation)
+
+    def open(self, plan: dict[str, Any]) -> None:
+        """Take up the snapshot plan of a generation."""
+        self._vault.open(SnapshotPlan.from_json(plan))
+
+    def inventory(self) -> dict[str, Any]:
+        """What the vault holds, for the catalogue."""
+        return self._vault.inventory()
+
+    def status(self) -> dict[str, Any]:
+        """How far the newest snapshots have come."""
+        return self._vault.status()
+
+    def save(self, directory: str, generation: int, step: int) -> dict[str, Any]:
+        """Write this node's share of a snapshot as a shard of a durable checkpoint. Returns its entry in the index.
+
+        Raises ValueError if the snapshot is not here, or damaged, and StorageError.
+        """
+        with self._vault.reading((generation, step)) as version:
+            plan, view = version.plan, version.data.view if version.data is not None else None
+            damaged = [b for b in version.blocks() if b[0] == "data" and not version.intact(*b)]
+            if damaged:
+                raise ValueError(f"save: the snapshot of step {step} must be intact, got damage in block {damaged[0][1]}")
+            pieces = [
+                (entry.piece, view[plan.base_of(rank) + entry.offset :][: entry.nbytes])
+                for rank in plan.ranks_on(self._node)
+                for entry in plan.slab(rank).entries
+                if view is not None
+            ]
+            return entry_to_plain(write_shard(directory, self._node, pieces, specs=plan.atlas.specs))
+
+    def facts(self) -> dict[str, Any]:
+        """The node's memory, in bytes, and load."""
+        memory = psutil.virtual_memory()
+        own = psutil.Process().memory_info()
+        return {"free_bytes": memory.available, "total_bytes": memory.total, "load": os.getloadavg()[0], "rss_bytes": own.rss}
+
+    def kill_pid(self, pid: int) -> None:
+        """SIGKILL a process of this node; a stopped one dies too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Free everything."""
+        self._vault.close()

@@ -1,0 +1,193 @@
+"""Durable: when checkpoints are written to storage, by whom, and which of them a run starts from.
+
+    snapshot protected at step s, and s is due     ->  every agent writes its node's share, out of the vault's memory
+    all shares are there                           ->  one commit makes the checkpoint visible; old ones go
+
+Training does not wait for any of it: the bytes are those of a snapshot. A save that fails is tried again at once a few
+times, then with the next snapshot, and never stops the run.
+
+Rule of this file: occasions and agreement. The format is `fault_tolerance/checkpoint.py`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fault_tolerance import shelf
+from fault_tolerance.checkpoint import INDEX, Checkpoint, commit
+from fault_tolerance.index import entry_from_plain
+from fault_tolerance.retention import retain
+from fault_tolerance.storage import StorageError, open_storage
+from framework import run_dir
+from framework.cluster import CallError, Remote
+from framework.config import Config, plain
+from framework.config_identity import changes
+from framework.plan import Plan, Source
+from parallel.atlas import TensorSpec
+
+SAVE_S = 600.0
+
+
+def resolve(resume: str | None) -> str | None:
+    """The checkpoint that `resume` means: a run directory's newest, a checkpoint, or `auto`, the newest run's.
+
+    Raises ValueError if there is none.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        newest = run_dir.newest_run_dir()
+        if newest is None:
+            raise ValueError("resume: auto needs a run below runs/, got none; leave resume out for a new run")
+        resume = str(newest)
+    if INDEX in open_storage(resume).sizes():
+        return resume
+    for root in _roots(resume):
+        found = shelf.newest(root)
+        if found is not None:
+            return found
+    raise ValueError(f"resume: must be a run or checkpoint directory with a complete checkpoint, got {resume}; see holdfast checkpoint ls")
+
+
+def check_same(config: Config, path: str) -> tuple[str, ...]:
+    """Whether a config may continue a checkpoint. Returns the changes to be written down; raises ValueError if not."""
+    checkpoint = Checkpoint.open(path)
+    try:
+        before = checkpoint.extra.get("config")
+    finally:
+        checkpoint.close()
+    if before is None:
+        return ()
+    found = changes(before, plain(config))
+    found.require()
+    return tuple(map(str, found.recorded))
+
+
+class Durable:
+    """The checkpoints of one run. One save at a time."""
+
+    def __init__(self, config: Config, *, run_id: str) -> None:
+        self._config, self._run_id = config, run_id
+        self._wish = config.fault_tolerance.durable
+        self.root = self._wish.dir or f"{config.run_dir}/checkpoints"
+        self._first = resolve(config.resume)
+        self._thread: threading.Thread | None = None
+        self._news: list[dict[str, Any]] = []
+        self._rejected: set[str] = set()
+        self._saved = -1
+        self._losses: dict[int, float] = {}
+
+    def newest(self) -> Source | None:
+        """The newest checkpoint this run can start from: its own, else the one it resumes."""
+        own = reversed(shelf.checkpoints(self.root).values())
+        for path in [path for path in (*own, self._first) if path is not None and path not in self._rejected]:
+            try:
+                checkpoint = Checkpoint.open(path)
+            except (ValueError, StorageError):
+                continue  # damaged after its commit: an older one is better than none
+            checkpoint.close()
+            return Source("durable", checkpoint.step, path)
+        return None
+
+    def reject(self, path: str) -> None:
+        """A checkpoint failed its proof: it is never tried again."""
+        self._rejected.add(path)
+
+    def due(self, step: int) -> bool:
+        """Whether the snapshot of a step is to be saved, by the interval or on demand."""
+        every = self._wish.every_steps
+        return self._requested() or (every > 0 and step // every > max(self._saved, 0) // every)
+
+    def begin(self, plan: Plan, step: int, agents: Mapping[str, Remote], specs: tuple[TensorSpec, ...]) -> bool:
+        """Save the protected snapshot of a step in the background. False if a save is under way."""
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        self._saved = step
+        self._clear_request()
+        self._thread = threading.Thread(target=self._save, args=(plan, step, dict(agents), specs), daemon=True, name="save")
+        self._thread.start()
+        return True
+
+    def finish(self, timeout_s: float = SAVE_S) -> None:
+        """Wait for the save that is under way."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def poll(self) -> Iterator[dict[str, Any]]:
+        """What has come of saves since the last time, as events."""
+        while self._news:
+            yield self._news.pop(0)
+
+    def _save(self, plan: Plan, step: int, agents: dict[str, Remote], specs: tuple[TensorSpec, ...]) -> None:
+        began, reason = time.monotonic(), ""
+        path = f"{self.root.rstrip('/')}/{shelf.step_name(step)}"
+        for attempt in range(self._wish.retries + 1):
+            try:
+                num_bytes = self._write(plan, step, path, agents, specs)
+            except (StorageError, ValueError, OSError, CallError, TimeoutError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                time.sleep(min(10.0, 0.5 * 2**attempt))
+                continue
+            took = time.monotonic() - began
+            self._news.append(
+                {"step": step, "reason": f"saved to {path}", "path": path, "bytes": num_bytes, "save_s": took, "saved": True}
+            )
+            self._prune()
+            return
+        self._saved = -1  # the next snapshot tries again
+        self._news.append({"step": step, "reason": f"save failed, training goes on: {reason}", "path": path, "saved": False})
+
+    def _write(
+        self, plan: Plan, step: int, path: str, agents: dict[str, Remote], specs: tuple[TensorSpec, ...]
+    ) -> int:
+        calls = [agents[node].call("save", path, plan.generation, step) for node in plan.nodes]
+        entries = [entry_from_plain(call.result(SAVE_S)) for call in calls]
+        commit(path, entries, specs=specs, extra=self._extra(plan, step)).close()
+        return sum(entry.num_bytes for entry in entries)
+
+    def _extra(self, plan: Plan, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "samples": step * self._config.optim.global_batch,
+            "run_id": self._run_id,
+            "generation": plan.generation,
+            "layout": str(plan.layout),
+            "schedule": plan.schedule,
+            "config": run_dir.clean(plain(self._config)),
+        }
+
+    def _prune(self) -> None:
+        verdicts = retain(
+            list(shelf.checkpoints(self.root)),
+            keep_last=self._wish.keep_last,
+            keep_every=self._wish.keep_every,
+            keep_best=self._wish.keep_best,
+            losses=self._losses,
+        )
+        try:
+            shelf.remove(self.root, [verdict.step for verdict in verdicts if not verdict.keep])
+        except StorageError as error:
+            self._news.append({"step": self._saved, "reason": f"old checkpoints could not be removed: {error}", "saved": True})
+
+    def note_loss(self, step: int, loss: float) -> None:
+        """The held-out loss of a step, for `keep_best`."""
+        self._losses[step] = loss
+
+    def _requested(self) -> bool:
+        return (Path(self._config.run_dir) / "control" / "checkpoint").exists()
+
+    def _clear_request(self) -> None:
+        (Path(self._config.run_dir) / "control" / "checkpoint").unlink(missing_ok=True)
+
+
+def _roots(resume: str) -> list[str]:
+    """Where checkpoints of what `resume` names may lie: where that run was told to put them, below it, or in it."""
+    roots = [f"{resume}/checkpoints", resume]
+    if (Path(resume) / "config.yaml").is_file():
+        told = run_dir.config(resume)["fault_tolerance"]["durable"]["dir"]
+        roots = [told, *roots] if told else roots
+    return roots

@@ -1,0 +1,71 @@
+"""Staging: a worker's snapshots as the trainer uses them, on top of `fault_tolerance.snapshot.Snapshotter`.
+
+Rule of this file: it only suits one to the other; and it knows when a run may end: not before its last state is safe.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fault_tolerance.snapshot import Snapshotter
+from fault_tolerance.snapshot_plan import SnapshotPlan
+
+SAFE_S = 120.0
+
+
+class NotProtected(RuntimeError):
+    """The last snapshot of a generation could not be made safe; its cause is in the vaults."""
+
+
+class Staging:
+    """`Snapshots` of `framework/trainer.py` for one rank and generation."""
+
+    def __init__(self, plan: SnapshotPlan, *, rank: int, secret: bytes) -> None:
+        """Attach to this node's vault. Raises WireError or Refused."""
+        self._snapshotter = Snapshotter(plan, rank=rank, secret=secret)
+
+    def ready(self) -> bool:
+        """Whether there is room for another snapshot."""
+        return self._snapshotter.ready()
+
+    def begin(self, step: int, extra: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Start copying the state of a step."""
+        self._snapshotter.begin(step, extra, tensors)
+
+    def gate(self) -> float:
+        """Wait until the state may be overwritten; the seconds that took."""
+        return self._snapshotter.gate()
+
+    def cost_s(self) -> float:
+        """What the last snapshot cost this rank."""
+        return self._snapshotter.cost_s()
+
+    def has_room(self) -> bool:
+        """As `ready`, for a snapshot that must be taken. Raises NotProtected where waiting is of no use."""
+        if self._snapshotter.failure or self._snapshotter.fenced:
+            raise NotProtected(f"no room for another snapshot: {self._why()}")
+        return self._snapshotter.ready()
+
+    def finish(self, step: int) -> None:
+        """Wait until the snapshot of `step` is protected. Raises NotProtected."""
+        self._snapshotter.gate()
+        deadline = time.monotonic() + SAFE_S
+        while not self._is_safe(step):
+            if self._snapshotter.failure or self._snapshotter.fenced or time.monotonic() > deadline:
+                raise NotProtected(f"the snapshot of step {step} is not protected: {self._why()}")
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        """Let go of the vault's memory."""
+        self._snapshotter.close()
+
+    def _is_safe(self, step: int) -> bool:
+        protected = self._snapshotter.protected
+        return protected is not None and protected >= step
+
+    def _why(self) -> str:
+        return self._snapshotter.failure or ("a newer generation is open" if self._snapshotter.fenced else "it takes too long")
