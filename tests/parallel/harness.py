@@ -9,10 +9,10 @@ that have lived through the generations before it, as in the product.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Pool:
     def __init__(self, size: int) -> None:
         self.size = size
         self.generation = 0
-        self._store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        self.store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         self._workers: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -43,7 +43,7 @@ class Pool:
         self.stop()
         for _ in range(self.size):
             ours, theirs = _context.Pipe()
-            worker = _context.Process(target=_serve, args=(theirs, self._store.port), daemon=True)
+            worker = _context.Process(target=_serve, args=(theirs, self.store.port), daemon=True)
             worker.start()
             theirs.close()
             self._workers.append(worker)
@@ -77,11 +77,13 @@ class Pool:
             return f"the process died, exit code {self._workers[rank].exitcode}", None
         return f"no answer within {timeout_s} s", None
 
+    def pid(self, rank: int) -> int:
+        """The process of a rank."""
+        return int(self._workers[rank].pid)
+
     def kill(self, rank: int) -> None:
         """SIGKILL."""
-        pid = self._workers[rank].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        os.kill(self.pid(rank), signal.SIGKILL)
 
     def stop(self) -> None:
         """End all processes, by pid."""
@@ -93,6 +95,7 @@ class Pool:
 
 
 def _serve(pipe: Connection, port: int) -> None:
+    faulthandler.enable()
     store = TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
     while True:
         try:
@@ -105,13 +108,6 @@ def _serve(pipe: Connection, port: int) -> None:
         except BaseException:
             answer = (traceback.format_exc(), None)
         pipe.send(answer)
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as handle:
-        handle.bind(("127.0.0.1", 0))
-        return int(handle.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from framework.initial import InitialWeights
 from framework.model import Decoder
 from parallel.assemble import meta
+from parallel.atlas import STATE_KINDS
 from parallel.boxes import Box
 from parallel.checks import Wrapping
 from parallel.engine import EngineOptions, FsdpEngine
@@ -143,30 +145,37 @@ def _finish(rank: int, job: Job, mesh: Mesh, engine: FsdpEngine, steps: range) -
     return Trained([loss for loss, _ in rows], [norm for _, norm in rows], val, pieces)
 
 
-def what_dtensor_holds(store: Store, rank: int, generation: int, job: Job) -> list[str]:
+def what_dtensor_holds(store: Store, rank: int, generation: int, jobs: list[Job]) -> list[str]:
     """Compare `atlas.held` with the offsets and shapes that torch itself computes. Returns the differences."""
-    mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
-    engine = engine_for(job, mesh)
-    said = {p.tensor: (p.box.start, p.box.shape) for p in engine.atlas.held(rank) if p.tensor.startswith("param/")}
+    mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(jobs[0].layout), generation=generation, timeout_s=60)
+    differences = []
+    for job in jobs:
+        engine = engine_for(job, mesh)
+        differences += [f"{job.model}: {difference}" for difference in _differences(engine, rank)]
+        engine.close()
+    mesh.close()
+    return differences
+
+
+def _differences(engine: FsdpEngine, rank: int) -> list[str]:
+    said = {p.tensor: (p.box.start, p.box.shape) for p in engine.atlas.held(rank)}
     found = {}
     for module in engine._stages.values():
         for name, parameter in module.named_parameters():
             start, shape = _offsets(parameter)
             if 0 not in shape:
-                found[f"param/{engine._aliases.get(name, name)}"] = (start, shape)
-    differences = [
-        f"{k}: {said.get(k)} {found.get(k)}" for k in said.keys() | found.keys() if said.get(k) != found.get(k)
+                for kind in STATE_KINDS:
+                    found[f"{kind}/{engine._aliases.get(name, name)}"] = (start, shape)
+    kept = {name: tuple(tensor.shape) for name, tensor in engine.state().items()}
+    return [
+        *(f"{k}: {said.get(k)} {found.get(k)}" for k in said.keys() | found.keys() if said.get(k) != found.get(k)),
+        *(f"state of {k}" for k in said.keys() | kept.keys() if k not in said or said[k][1] != kept.get(k)),
+        *(
+            f"{k} is not contiguous fp32"
+            for k, t in engine.state().items()
+            if not t.is_contiguous() or t.dtype != torch.float32
+        ),
     ]
-    differences += [
-        f"{name}: {tuple(tensor.shape)} {said['param/' + name.partition('/')[2]]}"
-        for name, tensor in engine.state().items()
-        if tuple(tensor.shape) != said["param/" + name.partition("/")[2]][1]
-        or not tensor.is_contiguous()
-        or tensor.dtype != torch.float32
-    ]
-    engine.close()
-    mesh.close()
-    return differences
 
 
 def _offsets(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -267,3 +276,36 @@ def keeps_its_promises(store: Store, rank: int, generation: int, job: Job) -> li
     engine.close()
     mesh.close()
     return broken
+
+
+def alone_in_the_crowd(store: Store, rank: int, generation: int, arrive_s: float) -> str:
+    """Wait for a peer who does not come. Returns the error."""
+    try:
+        Mesh.connect(store, rank=rank, layout=Layout(1, 2, 1), generation=generation, arrive_s=arrive_s)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing failed"
+
+
+def cut_only_its_own(store: Store, rank: int, generation: int) -> str:
+    """Rank 0 severs; both see which connections still carry something. Returns what is wrong."""
+    ours, theirs = socket.socketpair()
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    server, _ = listener.accept()
+    mesh = Mesh.connect(store, rank=rank, layout=Layout(1, 2, 1), generation=generation, timeout_s=8)
+    late = socket.create_connection(listener.getsockname())
+    mesh.sum(torch.ones(1))
+    cut = mesh.sever() if rank == 0 else 2
+    try:
+        mesh.sum(torch.ones(1))
+        return "the mesh still works"
+    except RuntimeError:
+        pass
+    mesh.close()
+    store.set(f"alive {rank}", "yes")
+    for a, b in ((ours, theirs), (client, server), (late, listener.accept()[0])):
+        a.sendall(b"x")
+        if b.recv(1) != b"x":
+            return "a stranger's connection was cut"
+    return "" if cut >= 2 else f"only {cut} connections were cut"

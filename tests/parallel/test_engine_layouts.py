@@ -1,0 +1,95 @@
+"""Every layout and every schedule that the tiny model admits: the same losses, the same state, and the atlas is right."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from parallel.checks import ModelNumbers, Wrapping, check
+from parallel.layout import Layout
+from parallel.stages import SCHEDULES
+from tests.parallel.compare import Reference, loss_error, norm_error, same_bits, state_error
+from tests.parallel.harness import Pool
+from tests.parallel.ranks import TINY, Job, train, what_dtensor_holds
+
+pytestmark = pytest.mark.slow
+
+NUMBERS = ModelNumbers(num_layers=4, vocab_size=259, num_heads=4, num_kv_heads=2, ffn_dim=176)
+MODELS = (
+    TINY,
+    TINY | {"tie_embeddings": True},
+    TINY | {"vocab_size": 261, "num_kv_heads": 1},  # leaves the last of 4 ranks three rows fewer than the others
+    TINY | {"vocab_size": 257, "dim": 72, "tie_embeddings": True},  # nothing divides
+)
+
+
+def admitted(layouts: Iterator[Layout]) -> list[Job]:
+    """Each layout with each schedule that makes a difference to it and that the model has layers for."""
+    jobs = []
+    for layout in layouts:
+        for schedule in SCHEDULES if layout.pp > 1 else ("1f1b",):
+            job = Job(layout=str(layout), schedule=schedule, num_microbatches=max(2, layout.pp), steps=3)
+            try:
+                check(
+                    NUMBERS,
+                    layout=layout,
+                    schedule=schedule,
+                    num_microbatches=job.num_microbatches,
+                    wrapping=Wrapping(),
+                    seq_len=64,
+                )
+            except ValueError:
+                continue
+            jobs.append(job)
+    return jobs
+
+
+def name(job: Job) -> str:
+    return f"{job.layout}-{job.schedule}"
+
+
+POWERS = admitted(
+    Layout(*degrees) for degrees in itertools.product((1, 2, 4), repeat=3) if Layout(*degrees).world in (1, 2, 4, 8)
+)
+AFTER_A_LOSS = admitted(
+    Layout(*degrees)
+    for degrees in [(1, 3, 1), (3, 1, 1), (1, 3, 2), (3, 1, 2), (3, 2, 1), (2, 3, 1), (1, 5, 1), (1, 6, 1), (1, 7, 1)]
+)
+LONG = {
+    "2x2x2-1f1b",
+    "2x2x1-interleaved_zero_bubble",
+    "1x2x4-1f1b",
+    "2x1x2-zbv_zero_bubble",
+    "4x2x1-1f1b",
+    "1x4x2-1f1b",
+}
+
+
+def test_the_list_is_as_long_as_it_should_be() -> None:
+    assert len(POWERS) == 44
+    assert {job.layout for job in AFTER_A_LOSS} >= {"1x3x1", "3x1x1", "3x2x1", "2x3x1", "1x6x1", "1x7x1"}
+
+
+@pytest.mark.parametrize("job", [*POWERS, *AFTER_A_LOSS], ids=name)
+def test_the_atlas_is_what_dtensor_holds(pool: Pool, job: Job) -> None:
+    jobs = [job.but(model=model) for model in MODELS]
+    assert pool.run(what_dtensor_holds, jobs, world=job.world) == [[]] * job.world
+
+
+@pytest.mark.parametrize("job", [*POWERS, *AFTER_A_LOSS], ids=name)
+def test_the_same_seed_gives_the_same_loss_and_state(pool: Pool, one: Reference, job: Job) -> None:
+    ranks = pool.run(train, job, world=job.world)
+    assert loss_error(one(job), ranks) < 1e-5
+    assert norm_error(one(job), ranks) < 1e-4
+    assert state_error(one(job), ranks) < 1e-4
+
+
+@pytest.mark.parametrize("job", [job for job in POWERS if name(job) in LONG], ids=name)
+def test_twenty_steps_stay_together_and_repeat_to_the_bit(pool: Pool, one: Reference, job: Job) -> None:
+    job = job.but(steps=20)
+    ranks = pool.run(train, job, world=job.world)
+    assert loss_error(one(job), ranks) < 1e-5
+    assert state_error(one(job), ranks) < 1e-4
+    assert same_bits(ranks, pool.run(train, job, world=job.world))
