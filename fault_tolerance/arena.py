@@ -153,7 +153,8 @@ class Control:
         return self._segment.reader_fd()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of it; what is set from now on, nobody sees."""
+        self._words = np.zeros(len(CONTROL_WORDS), np.uint64)
         self._segment.close()
 
 

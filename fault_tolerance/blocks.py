@@ -74,7 +74,7 @@ class Blocks:
 
     def prepare(self) -> None:
         """Fetch the hash tables, and map this node's own bytes if its vault has them. Raises RestoreError."""
-        for group in self._plan.groups:
+        for group in [group for group in self._plan.groups if self._plan.block_bytes(group.nodes[0])]:
             for node in sorted(group.nodes, key=lambda n: n != self._node):
                 if not set(group.nodes) <= set(self._metas):
                     self._tables(node)
@@ -161,8 +161,8 @@ class Blocks:
         for _, where in self._chunks(offset, len(out)):
             if not self._decode_from(stripe, wanted, offset + where.start, out[where]):
                 raise RestoreError(
-                    f"restore of step {self.snapshot.step}: chunk at byte {offset + where.start} of stripe "
-                    f"{stripe.index} of group {stripe.nodes[0]}.. has fewer than {len(stripe.data)} intact blocks"
+                    f"restore of step {self.snapshot.step}: byte {offset + where.start} of the blocks of nodes "
+                    f"{', '.join(stripe.nodes)} must be intact on {len(stripe.data)} of them, and is not"
                 )
 
     def _decode_from(self, stripe: Stripe, wanted: int, offset: int, out: Bytes) -> bool:
@@ -240,11 +240,10 @@ class Blocks:
         channel.recv_into(out.data)
 
     def _tables(self, node: str) -> None:
-        with self._lock:
-            if node in self._asked or self.snapshot.holder(node) is None:
-                return
-            self._asked.add(node)
-        self._with(node, lambda channel: self._take_tables(node, channel))
+        with self._lock:  # held while asking: whoever comes second wants the answer too
+            if node not in self._asked and self.snapshot.holder(node) is not None:
+                self._asked.add(node)
+                self._with(node, lambda channel: self._take_tables(node, channel))
 
     def _take_tables(self, node: str, channel: Channel) -> None:
         answer, payload = channel.call({"op": "tables"} | self._identity())

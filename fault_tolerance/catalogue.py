@@ -147,7 +147,7 @@ def _judge(
 ) -> Snapshot | Rejected:
     holders = tuple(_holder(inventory, version) for inventory, version in parts)
     metas = {node: meta for _, version in parts for node, meta in version["metas"].items()}
-    staging = [node for node in plan.nodes if node not in metas]
+    staging = [node for node in plan.members if node not in metas]
     if staging:
         return Rejected(plan.generation, step, f"nodes {', '.join(staging)} had not staged it, as far as is known")
     lacks = list(_lacks(plan, {holder.node: holder for holder in holders}))
@@ -160,7 +160,7 @@ def _judge(
         step=step,
         holders=holders,
         protected=any(version["state"] == "protected" for _, version in parts),
-        digest=sum(int(metas[node]["digest"], 16) for node in plan.nodes) % MODULUS,
+        digest=sum(int(metas[node]["digest"], 16) for node in plan.members) % MODULUS,
         extra=extras[min(extras)] if extras else {},
         spare=min((len(p) - g.k for g in plan.groups for s in g.stripes for p in [present(plan, by_node, g, s)]), default=0),
         missing=tuple(n for n in plan.nodes if plan.node_bytes(n) and not (n in by_node and by_node[n].data)),

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from fault_tolerance.slab import Entry, item_bytes
 from fault_tolerance.snapshot_plan import SnapshotPlan
-from parallel.atlas import Piece
+from parallel.atlas import Atlas, Piece
 from parallel.boxes import Box
 
 MOVE_BYTES = 16 << 20
@@ -64,8 +64,11 @@ class Batch:
         return sum(last - first for first, last in self.ranges)
 
 
-def moves_for(plan: SnapshotPlan, wanted: Sequence[Piece]) -> list[Move]:
-    """Every move that fills the wanted pieces, by node and place. Raises ValueError for what the snapshot lacks."""
+def moves_for(plan: SnapshotPlan, atlas: Atlas, rank: int) -> list[Move]:
+    """Every move that fills what a rank holds, by node and place. Raises ValueError if the model is another one."""
+    for spec in [s for s in atlas.specs if s != plan.atlas.by_name.get(s.name)]:
+        raise ValueError(f"restore: the snapshot must be of the same model, got {plan.atlas.by_name.get(spec.name)} for {spec}")
+    wanted = atlas.held(rank)
     entries: dict[str, list[tuple[str, int, Entry]]] = {}
     names = {piece.tensor for piece in wanted}
     for rank, node in enumerate(plan.seats):
@@ -74,10 +77,7 @@ def moves_for(plan: SnapshotPlan, wanted: Sequence[Piece]) -> list[Move]:
             if entry.piece.tensor in names:
                 entries.setdefault(entry.piece.tensor, []).append((node, base, entry))
     moves = [move for piece in wanted for move in _moves(piece, entries.get(piece.tensor, []))]
-    have = sum(move.overlap.size for move in moves)
-    need = sum(piece.box.size for piece in wanted)
-    if have != need:
-        raise ValueError(f"restore: the snapshot must hold all {need} wanted elements, got {have}; is it the same model?")
+    assert sum(move.overlap.size for move in moves) == sum(piece.box.size for piece in wanted), "the slabs tile the state"
     return sorted(moves, key=lambda move: (move.node, move.first, move.last))
 
 

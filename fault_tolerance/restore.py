@@ -75,7 +75,7 @@ class Reader:
         if not self._prepared:
             self._blocks.prepare()
             self._prepared = True
-        work = batches(self.snapshot.plan, moves_for(self.snapshot.plan, atlas.held(rank)))
+        work = batches(self.snapshot.plan, moves_for(self.snapshot.plan, atlas, rank))
         with ThreadPoolExecutor(self._threads, thread_name_prefix="restore") as pool:
             for _ in pool.map(lambda batch: self._do(batch, tensors), work):
                 pass

@@ -45,8 +45,11 @@ class Housekeeper:
         with vault.changed:
             late = [v for v in vault.versions.values() if v.pending and now - v.began > v.plan.deadline_s]
         for version in late:
+            reason = f"not protected within {version.plan.deadline_s:g} s"
             if version.plan.coordinator == vault.node:
-                vault.announce(version, "abandon", f"not protected within {version.plan.deadline_s:g} s")
+                vault.announce(version, "abandon", reason)
+            elif now - version.began > 2 * version.plan.deadline_s:
+                vault.settle(version, "abandon", reason + ", and nobody said so")
 
     def scrub(self, budget_bytes: float) -> None:
         """Check chunks in turn until the budget is used up, one at least."""

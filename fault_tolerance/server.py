@@ -75,6 +75,7 @@ class Server:
         self._open: set[Connection] = set()
         self._closed = False
         self._listeners: list[socket.socket] = []
+        self._acceptors: list[threading.Thread] = []
         with contextlib.ExitStack() as stack:
             for address in addresses:
                 self._listeners.append(listen(address))
@@ -89,7 +90,8 @@ class Server:
     def start(self) -> None:
         """Begin to accept."""
         for sock in self._listeners:
-            threading.Thread(target=self._accept, args=(sock,), daemon=True, name="vault-accept").start()
+            self._acceptors.append(threading.Thread(target=self._accept, args=(sock,), daemon=True, name="vault-accept"))
+            self._acceptors[-1].start()
 
     def close(self) -> None:
         """Stop accepting and end all connections."""
@@ -100,6 +102,8 @@ class Server:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
+        for thread in self._acceptors:
+            thread.join(1.0)  # an address is free only when nobody is in `accept` any more
         for connection in connections:
             connection.channel.close()
 
@@ -141,6 +145,8 @@ class Server:
             self._handle(connection, header)
         except Refused as refused:
             self._say_no(connection, refused.kind, str(refused))
+        except OSError as error:
+            self._say_no(connection, "failed", f"server: {header.get('op')!r} failed: {error}")
         except (KeyError, TypeError, ValueError, IndexError) as error:
             self._say_no(connection, "malformed", f"server: {header.get('op')!r} failed: {error!r}")
 

@@ -18,8 +18,8 @@ How to use it, once a generation's plan is open on the vaults:
 raises in the training loop: `failure` says what it was, `ready()` is False from then on, and the controller, who sees
 the vault die, decides. All ranks must begin the same steps: a step that some rank skips is never protected.
 
-On a GPU the copy goes through two pinned buffers on a stream of its own, after an event on the caller's stream; `gate`
-returns when the device's memory has been read.
+On a GPU the copy goes through two pinned buffers on a stream of its own (`device_copy.py`); `gate` returns when the
+device's memory has been read.
 
 Rule of this file: it reads tensors and writes its slab. Hashing, digests and coding are the vault's work, in its own
 process, so they cost the training process nothing.
@@ -43,12 +43,14 @@ import torch
 from numpy.typing import NDArray
 
 from fault_tolerance.arena import CONTROL_WORDS, PAGE, map_shared
+from fault_tolerance.device_copy import DeviceCopy
 from fault_tolerance.pace import Pace
 from fault_tolerance.slab import Entry
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.wire import Refused, WireError, connect, local_address
 
 COPY_BYTES = 4 << 20
+GATE_S = 5.0
 CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,8 +59,8 @@ class _Job:
     step: int
     extra: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    event: Any = None
     copied: threading.Event = field(default_factory=threading.Event)
+    copying: bool = False
     copy_s: float = 0.0
 
 
@@ -85,8 +87,8 @@ class Snapshotter:
         self.failure = ""
         self.stall_s = 0.0
         self.copy_s = 0.0
-        self._pinned: list[torch.Tensor] = []
-        self._stream: Any = None
+        self._lock = threading.Lock()
+        self._devices: DeviceCopy | None = None
         self._segments: dict[int, NDArray[np.uint8]] = {}
         address = local_address(plan.run, plan.seats[rank])
         self._channel = connect(address, run=plan.run, secret=secret, timeout_s=timeout_s)
@@ -96,6 +98,7 @@ class Snapshotter:
             self._channel.close()
             raise
         self._job: _Job | None = None
+        self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name="snapshotter")
         self._thread.start()
@@ -124,18 +127,22 @@ class Snapshotter:
         self._check(tensors)
         job = _Job(step, dict(extra), dict(tensors))
         if any(t.is_cuda for t in job.tensors.values()):
-            job.event = torch.cuda.Event()
-            job.event.record()
+            self._devices = self._devices if self._devices is not None else DeviceCopy(COPY_BYTES)
+            self._devices.begin(job.tensors.values())
         self._job = job
         self._jobs.put(job)
 
     def gate(self) -> float:
-        """Wait until the tensors may be written again. Returns the seconds it had to wait."""
+        """Wait until the tensors may be written again. Returns the seconds it had to wait.
+
+        If the vault has not even said where to copy to within GATE_S, the snapshot is given up instead.
+        """
         job = self._job
         if job is None:
             return 0.0
         began = time.monotonic()
-        job.copied.wait()
+        if not job.copied.wait(GATE_S) and not self._give_up(job):
+            job.copied.wait()
         self.stall_s, self.copy_s = time.monotonic() - began, job.copy_s
         self._job = None
         return self.stall_s
@@ -146,13 +153,16 @@ class Snapshotter:
 
     def close(self) -> None:
         """Let go of the vault's memory. May be called twice."""
-        if self._thread.is_alive():
-            self.gate()
-            self._jobs.put(None)
-            self._thread.join()
-        self._segments.clear()
-        with contextlib.suppress(WireError, Refused):
-            self._channel.call({"op": "detach"})
+        if self._closed:
+            return
+        self._closed = True
+        self.gate()
+        self._jobs.put(None)
+        self._thread.join(GATE_S)
+        if not self._thread.is_alive():
+            self._segments.clear()  # unmapped: from here on the vault may lend them to others
+            with contextlib.suppress(WireError, Refused):
+                self._channel.call({"op": "detach"}, wait_s=GATE_S)
         self._channel.close()
 
     # ---- the background thread
@@ -171,19 +181,33 @@ class Snapshotter:
     def _stage(self, job: _Job) -> None:
         view = self._segment(job.step)
         began = time.monotonic()
+        with self._lock:
+            if self.failure:
+                return
+            job.copying = True
         for entry in self._slab.entries:
             start = self._base + entry.offset
             self._copy(job, entry, view[start : start + entry.nbytes])
+        if self._devices is not None:
+            self._devices.finish()
         job.copy_s = time.monotonic() - began
         job.tensors = {}
         job.copied.set()
         request = {"op": "staged", "step": job.step, "extra": job.extra, "copy_s": job.copy_s}
         self._channel.call(request)
 
+    def _give_up(self, job: _Job) -> bool:
+        """Forget a snapshot whose copy has not begun. False if it has."""
+        with self._lock:
+            if job.copying:
+                return False
+            self.failure = self.failure or f"step {job.step}: the vault must answer within {GATE_S} s, and did not"
+            return True
+
     def _segment(self, step: int) -> NDArray[np.uint8]:
         """The memory to copy into; mapped when it is seen first."""
         request = {"op": "begin", "step": step, "known": list(self._segments)}
-        answer, _ = self._channel.call(request, wait_s=self._plan.deadline_s)
+        answer, _ = self._channel.call(request)
         if answer["fresh"]:
             self._map(answer["id"], answer["nbytes"])
         return self._segments[answer["id"]]
@@ -197,24 +221,11 @@ class Snapshotter:
                 raise Refused("fenced", "a newer generation is open")
             part = out[rows] if box.shape else out
             self._pace(part.nbytes)
-            if source.is_cuda:
-                self._from_device(job, source[rows] if box.shape else source, part)
+            shard = source[rows] if box.shape else source
+            if self._devices is not None and shard.is_cuda:
+                self._devices.copy(shard, part)
             else:
-                np.copyto(part, (source[rows] if box.shape else source).numpy().view(part.dtype))
-
-    def _from_device(self, job: _Job, source: torch.Tensor, part: NDArray[Any]) -> None:
-        """Device -> pinned buffer on a side stream -> slab. The two buffers let both copies overlap."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(source.device)
-        needed = max(COPY_BYTES, source.numel() * source.element_size())
-        if not self._pinned or self._pinned[0].numel() < needed:
-            self._pinned = [torch.empty(needed, dtype=torch.uint8, pin_memory=True)]
-        pinned = self._pinned[0][: source.numel() * source.element_size()].view(source.dtype).view(source.shape)
-        self._stream.wait_event(job.event)
-        with torch.cuda.stream(self._stream):
-            pinned.copy_(source, non_blocking=True)
-        self._stream.synchronize()
-        np.copyto(part, pinned.numpy().view(part.dtype))
+                np.copyto(part, shard.numpy().view(part.dtype))
 
     # ---- attaching
 

@@ -64,10 +64,15 @@ class SnapshotPlan:
         """All nodes, group by group."""
         return tuple(node for group in self.groups for node in group.nodes)
 
+    @cached_property
+    def members(self) -> tuple[str, ...]:
+        """The nodes that keep anything: those of a group without a single byte have no part in a snapshot."""
+        return tuple(node for node in self.nodes if self.block_bytes(node))
+
     @property
     def coordinator(self) -> str:
         """The node whose vault learns that all is in place, and says so to the others."""
-        return self.nodes[0]
+        return self.members[0]
 
     @cached_property
     def fingerprint(self) -> str:

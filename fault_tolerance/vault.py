@@ -36,7 +36,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +80,7 @@ class Vault:
         self.plan: SnapshotPlan | None = None
         self.fence = -1
         self.versions: dict[Key, Version] = {}
+        self._newest = -1
         self.attached: dict[Connection, Attachment] = {}
         self._processes: dict[int, int] = {}
         self.closed = threading.Event()
@@ -122,7 +122,7 @@ class Vault:
             self._check_open(plan)
             known = self.plan is not None and self.plan.fingerprint == plan.fingerprint
             if not known:
-                self.fence, self.plan = plan.generation, plan
+                self.fence, self.plan, self._newest = plan.generation, plan, -1
                 self.pace = Pace(plan.max_rate_bytes_s)
                 self.peers.close()
                 self.peers = self._peers(plan.addresses)
@@ -174,7 +174,8 @@ class Vault:
         with self.changed:
             key = (plan.generation, step)
             if key not in self.versions:
-                self._check_room(key)
+                self._check_room(step)
+                self._newest = step
                 self.drop_all(keep=self._kept())
                 version = Version(plan, step, self.node, wire_mark=self.server.traffic["tcp"].sent)
                 self.versions[key] = version
@@ -182,13 +183,12 @@ class Vault:
                 self.refresh()
             return self.versions[key]
 
-    def _check_room(self, key: Key) -> None:
+    def _check_room(self, step: int) -> None:
         pending = [v.step for v in self.versions.values() if v.pending and v.plan is self.plan]
         if pending:
-            raise Refused("busy", f"vault {self.node}: step {pending[0]} must be protected or given up before {key[1]}")
-        newest = max((step for generation, step in self.versions if generation == key[0]), default=-1)
-        if key[1] <= newest:
-            raise Refused("old", f"vault {self.node}: a step after {newest} must be staged, got {key[1]}")
+            raise Refused("busy", f"vault {self.node}: step {pending[0]} must be protected or given up before {step}")
+        if step <= self._newest:
+            raise Refused("old", f"vault {self.node}: a step after {self._newest} must be staged, got {step}")
 
     def _kept(self) -> set[Key]:
         """What must not go yet."""
@@ -276,7 +276,7 @@ class Vault:
         """As coordinator: a vault's report."""
         with self.changed:
             version.coded_nodes.add(node)
-            complete = not failure and version.coded_nodes >= set(version.plan.nodes)
+            complete = not failure and version.coded_nodes >= set(version.plan.members)
         if failure:
             self.announce(version, "abandon", f"node {node}: {failure}")
         elif complete:
@@ -287,7 +287,7 @@ class Vault:
         if not self.wanted(version):
             return
         self.settle(version, verdict, reason)
-        others = [node for node in version.plan.nodes if node != self.node]
+        others = [node for node in version.plan.members if node != self.node]
         for node in others:
             message = request(verdict, version) | {"reason": reason}
             threading.Thread(target=self._tell, args=(node, message, version), daemon=True, name="announce").start()
@@ -422,22 +422,37 @@ class Vault:
         return Peers(addresses, run=self.run, secret=self._secret, traffic=self.server.traffic["tcp"])
 
 
+def _line(fd: int) -> str:
+    """The next line, read without a buffer that would swallow what follows."""
+    text = b""
+    while not text.endswith(b"\n") and (byte := os.read(fd, 1)):
+        text += byte
+    return text.decode().strip()
+
+
 def _exited(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], 0)[0])
 
 
-def main(arguments: list[str] | None = None, *, wait: Callable[[], Any] = sys.stdin.buffer.read) -> None:
-    """Run a vault until stdin is closed."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run a vault until it is told to shut down, or its stdin is closed."""
     parser = argparse.ArgumentParser(prog="fault_tolerance.vault", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--node", required=True)
     parser.add_argument("--run", required=True)
     parser.add_argument("--listen", default="127.0.0.1:0", help="host:port for peers and controller; port 0: any")
     options = parser.parse_args(arguments)
-    secret = bytes.fromhex(sys.stdin.readline().strip())
+    secret = bytes.fromhex(_line(sys.stdin.fileno()))
     vault = Vault(node=options.node, run=options.run, secret=secret, listen=options.listen)
     vault.start()
     print(json.dumps({"node": vault.node, "address": vault.address, "pid": os.getpid()}), flush=True)
-    wait()
+    threading.Thread(target=_close_at_eof, args=(vault,), daemon=True, name="owner").start()
+    vault.closed.wait()
+
+
+def _close_at_eof(vault: Vault) -> None:
+    """The owner keeps our stdin open for as long as it lives."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
     vault.close()
 
 

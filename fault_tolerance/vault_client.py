@@ -22,7 +22,10 @@ OPEN_S = 600.0  # making a large node's memory takes minutes
 
 
 class VaultClient:
-    """A connection that is made at the first call, and again after trouble. Thread-safe, one call at a time."""
+    """A connection that is made at the first call, and again after trouble.
+
+    Thread-safe, one call at a time: whoever waits in `watch` wants a client of its own.
+    """
 
     def __init__(self, address: str, *, run: str, secret: bytes, timeout_s: float = 10.0) -> None:
         self.address, self._run, self._secret, self._timeout_s = address, run, secret, timeout_s

@@ -120,7 +120,7 @@ class Channel:
         """Fill `view` with the next bytes. Raises WireError if they do not come in time."""
         view = view.cast("B") if view.nbytes else view
         done = 0
-        self.sock.settimeout(self.timeout_s)
+        self._guard(self.sock.settimeout, self.timeout_s)
         while done < view.nbytes:
             got = self._guard(self.sock.recv_into, view[done:])
             if not got:
@@ -155,7 +155,7 @@ class Channel:
 
     def recv_fds(self, count: int) -> list[int]:
         """`count` file descriptors that the other side passed."""
-        self.sock.settimeout(self.timeout_s)
+        self._guard(self.sock.settimeout, self.timeout_s)
         _, fds, _, _ = self._guard(socket.recv_fds, self.sock, 1, count)
         if len(fds) != count:
             for fd in fds:
@@ -172,12 +172,12 @@ class Channel:
         self.sock.close()
 
     def _first_byte(self, wait_s: float) -> bytes:
-        self.sock.settimeout(None if wait_s < 0 else max(wait_s, 0.001))
+        self._guard(self.sock.settimeout, None if wait_s < 0 else max(wait_s, 0.001))
         first: bytes = self._guard(self.sock.recv, 1)
         if not first:
             raise WireError("wire: the other side closed the connection")
         self.traffic.add(received=1)
-        self.sock.settimeout(self.timeout_s)
+        self._guard(self.sock.settimeout, self.timeout_s)
         return first
 
     def _guard(self, function: Callable[..., Any], *args: Any) -> Any:
