@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import socket
 import threading
 import time
@@ -15,8 +16,8 @@ import torch.distributed
 import torch.distributed.pipelining  # noqa: F401  loaded before the fork
 from torch import nn
 from torch._C._distributed_c10d import Store
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from framework.initial import InitialWeights
 from framework.model import Decoder
@@ -146,45 +147,65 @@ def _finish(rank: int, job: Job, mesh: Mesh, engine: FsdpEngine, steps: range) -
 
 
 def what_dtensor_holds(store: Store, rank: int, generation: int, jobs: list[Job]) -> list[str]:
-    """Compare `atlas.held` with the offsets and shapes that torch itself computes. Returns the differences."""
+    """Compare `atlas.held` with what is found in tensors of indices that DTensor and FSDP2 cut. Returns differences."""
     mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(jobs[0].layout), generation=generation, timeout_s=60)
     differences = []
     for job in jobs:
         engine = engine_for(job, mesh)
-        differences += [f"{job.model}: {difference}" for difference in _differences(engine, rank)]
+        differences += [f"{job.model}: {difference}" for difference in _differences(engine, mesh)]
         engine.close()
     mesh.close()
     return differences
 
 
-def _differences(engine: FsdpEngine, rank: int) -> list[str]:
-    said = {p.tensor: (p.box.start, p.box.shape) for p in engine.atlas.held(rank)}
+def _differences(engine: FsdpEngine, mesh: Mesh) -> list[str]:
+    said = {p.tensor: (p.box.start, p.box.shape) for p in engine.atlas.held(mesh.rank)}
+    kept = {name: tuple(tensor.shape) for name, tensor in engine.state().items()}
     found = {}
     for module in engine._stages.values():
         for name, parameter in module.named_parameters():
-            start, shape = _offsets(parameter)
+            spec = engine.atlas.by_name[f"param/{engine._aliases.get(name, name)}"]
+            start, shape = _cut_by_torch(spec.shape, spec.tp_dim, mesh)
+            assert _local_shape(parameter) == shape, f"{name}: {_local_shape(parameter)} {shape}"
             if 0 not in shape:
-                for kind in STATE_KINDS:
-                    found[f"{kind}/{engine._aliases.get(name, name)}"] = (start, shape)
-    kept = {name: tuple(tensor.shape) for name, tensor in engine.state().items()}
+                found |= {f"{kind}/{spec.name.partition('/')[2]}": (start, shape) for kind in STATE_KINDS}
     return [
         *(f"{k}: {said.get(k)} {found.get(k)}" for k in said.keys() | found.keys() if said.get(k) != found.get(k)),
         *(f"state of {k}" for k in said.keys() | kept.keys() if k not in said or said[k][1] != kept.get(k)),
         *(
-            f"{k} is not contiguous fp32"
+            f"{k}: not contiguous fp32"
             for k, t in engine.state().items()
             if not t.is_contiguous() or t.dtype != torch.float32
         ),
     ]
 
 
-def _offsets(parameter: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(start, shape) of the local part, found by cutting a tensor of indices with DTensor's own rules."""
-    if not isinstance(parameter, DTensor):
-        return (0,) * parameter.ndim, tuple(parameter.shape)
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    assert tuple(parameter.to_local().shape) == tuple(shape)
-    return tuple(offset), tuple(shape)
+def _local_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    return tuple((parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape)
+
+
+def _cut_by_torch(shape: tuple[int, ...], tp_dim: int | None, mesh: Mesh) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(start, shape) of this rank's part, read off the values.
+
+    Not from `compute_local_shape_and_global_offset`: where nothing divides it disagrees with what FSDP2 holds (2.13).
+    """
+    index = torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape)
+    tensor: torch.Tensor = index
+    if mesh.layout.tp > 1:
+        placement = Replicate() if tp_dim is None else Shard(tp_dim)
+        tensor = distribute_tensor(index, mesh.axis("tp"), [placement], src_data_rank=None)
+    holder = nn.Module()
+    holder.tensor = nn.Parameter(tensor)
+    if mesh.layout.dp > 1:
+        fully_shard(holder, mesh=mesh.axis("dp"))
+    local = holder.tensor.detach()
+    local = local.to_local() if isinstance(local, DTensor) else local
+    if not local.numel():
+        return (0,) * len(shape), tuple(local.shape)
+    start = tuple(int(i) for i in np.unravel_index(int(local.flatten()[0]), shape))
+    inside = tuple(slice(a, a + n) for a, n in zip(start, local.shape, strict=True))
+    assert torch.equal(index[inside], local), "what a rank holds is no box"
+    return start, tuple(local.shape)
 
 
 @dataclass(frozen=True)
