@@ -39,6 +39,10 @@ class StorageError(RuntimeError):
         self.errno = errno
 
 
+class _SourceFailedError(Exception):
+    """The parts that were to be written could not be had: not the storage's fault, and not its to retry."""
+
+
 class Storage(Protocol):
     """One directory. Names are plain file names."""
 
@@ -46,8 +50,9 @@ class Storage(Protocol):
     local: bool
 
     def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:
-        """Store the parts, one after the other, as one object; returns its bytes. Asked again for the parts when it
-        tries again. Raises StorageError.
+        """Store the parts, one after the other, as one object; returns its bytes.
+
+        Asked again for the parts when it tries again. Raises StorageError; what `parts` raises passes through.
         """
 
     def read_into(self, name: str, offset: int, outs: Sequence[Bytes]) -> None:
@@ -93,6 +98,9 @@ def retry(what: str, call: Callable[[], T], *, attempts: int, first_delay_s: flo
     for attempt in range(attempts):
         try:
             return call()
+        except _SourceFailedError as failure:
+            assert failure.__cause__ is not None
+            raise failure.__cause__ from None
         except FileNotFoundError as error:
             raise StorageError(f"{what}: must exist, but does not", errno=errno.ENOENT) from error
         except Exception as error:  # object stores raise classes of their own; every one is re-raised, typed
@@ -126,7 +134,7 @@ class LocalStorage:
         self._retry: dict[str, Any] = {"attempts": attempts, "first_delay_s": first_delay_s}
 
     def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:
-        return retry(f"{self.url}/{name}", lambda: self._write(name, parts()), **self._retry)
+        return retry(f"{self.url}/{name}", lambda: self._write(name, _guarded(parts)), **self._retry)
 
     def _write(self, name: str, parts: Iterable[Bytes]) -> int:
         hidden = self._path / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -189,7 +197,7 @@ class RemoteStorage:
         self._retry: dict[str, Any] = {"attempts": attempts, "first_delay_s": first_delay_s}
 
     def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:
-        return retry(f"{self.url}/{name}", lambda: self._write(name, parts()), **self._retry)
+        return retry(f"{self.url}/{name}", lambda: self._write(name, _guarded(parts)), **self._retry)
 
     def _write(self, name: str, parts: Iterable[Bytes]) -> int:
         file = self._fs.open(f"{self._path}/{name}", "wb", autocommit=False, block_size=_PART_BYTES)
@@ -249,6 +257,14 @@ class RemoteStorage:
 
         for row in retry(self.url, rows, **self._retry):
             yield row["name"].rstrip("/").rsplit("/", 1)[-1], row["size"] or 0, row["type"]
+
+
+def _guarded(parts: Callable[[], Iterable[Bytes]]) -> Iterator[Bytes]:
+    """The parts, with what they raise told apart from what the storage raises."""
+    try:
+        yield from parts()
+    except Exception as error:
+        raise _SourceFailedError from error
 
 
 def _fill(file: int, offset: int, outs: list[Bytes]) -> int:

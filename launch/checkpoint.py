@@ -4,8 +4,8 @@
     show PATH                     what one holds
     verify PATH                   re-hash every byte; exit code 1 if anything is wrong
     diff A B                      the tensors and keys that differ, and by how much; exit code 1 if any
-    export FORMAT PATH TARGET     as deepspeed, dcp or huggingface
-    import FORMAT SOURCE PATH     from deepspeed, dcp or huggingface, as a checkpoint in the directory PATH
+    export FORMAT PATH TARGET     as deepspeed, dcp, huggingface, or ranks (--table: framework/interop_ranks.py)
+    import FORMAT SOURCE PATH     from one of these, as a checkpoint in the directory PATH
     reshape PATH TARGET           the same state in other files: --layout 2x2x1, or --files N
     prune PATH                    remove old checkpoints, and what was never committed
     save RUN                      ask a run that is going on to save now
@@ -41,7 +41,7 @@ from fault_tolerance.verify import DamageError
 from framework import run_dir
 from parallel.layout import Layout
 
-FORMATS = {"deepspeed": "interop_deepspeed", "dcp": "interop_dcp", "huggingface": "interop_huggingface"}
+FORMATS = ("deepspeed", "dcp", "huggingface", "ranks")
 REQUEST = "control/checkpoint"
 OK, MISMATCH = 0, 1
 
@@ -129,8 +129,10 @@ def export(options: argparse.Namespace) -> int:
     checkpoint, target = _open(options.path), Path(options.target)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"export: {target} must be new or empty; choose another directory")
-    more = {"dtype": options.dtype} if options.format == "huggingface" else {}
-    with _progress("export", checkpoint.index.num_bytes // (3 if more else 1)) as advance:
+    if options.format == "ranks" and options.table is None:
+        raise ValueError("export: ranks must be given --table FILE, which says how its ranks hold the tensors")
+    more = {"huggingface": {"dtype": options.dtype}, "ranks": {"table": options.table}}.get(options.format, {})
+    with _progress("export", checkpoint.index.num_bytes // (3 if options.format == "huggingface" else 1)) as advance:
         _adaptor(options.format).export(checkpoint, target, progress=advance, **more)
     print(f"exported step {checkpoint.step} as {options.format}: {target}")
     return OK
@@ -220,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         added = tools.add_parser(name, description=(run.__doc__ or "").partition(": ")[2])
         added.set_defaults(run=run)
         for word in words:
-            added.add_argument(word, **({"choices": list(FORMATS)} if word == "format" else {"metavar": word.upper()}))
+            added.add_argument(word, **({"choices": FORMATS} if word == "format" else {"metavar": word.upper()}))
         return added
 
     tool("ls", list_, "path")
@@ -232,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     tool("diff", diff, "a", "b").add_argument("--tensors-only", action="store_true", help="exit by the tensors alone")
     one = tool("export", export, "format", "path", "target")
     one.add_argument("--dtype", default="float32", help="of a Hugging Face export: float32, bfloat16, float16")
+    one.add_argument("--table", type=Path, help="of an export by ranks: a YAML file with patterns")
     tool("import", import_, "format", "source", "path")
     one = tool("reshape", reshape_, "path", "target")
     cut = one.add_mutually_exclusive_group(required=True)
@@ -264,7 +267,7 @@ def _shelf(path: str) -> str:
 
 
 def _adaptor(name: str) -> Any:
-    return importlib.import_module(f"framework.{FORMATS[name]}")
+    return importlib.import_module(f"framework.interop_{name}")
 
 
 def _row(checkpoint: Checkpoint) -> tuple[str, str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,13 @@ def load(checkpoint: Checkpoint, atlas: Atlas, state: State) -> ReadStats:
 def cut(whole: NDArray[Any], box: Box) -> NDArray[Any]:
     """A box of a tensor, contiguous."""
     return np.ascontiguousarray(whole[box.within(Box.whole(whole.shape))]).reshape(box.shape)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody has at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _fields(stats: ReadStats) -> tuple[int, int, int]:

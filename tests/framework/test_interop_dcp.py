@@ -17,7 +17,7 @@ from framework.model import Decoder
 from parallel.atlas import Atlas
 from parallel.layout import Layout
 from parallel.specs import state_specs
-from tests.fault_tolerance.saving import State, load, random_state, save
+from tests.fault_tolerance.saving import State, free_port, load, random_state, save
 
 ARGUMENTS = {"num_layers": 2, "dim": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 56}
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -106,7 +106,7 @@ def _fsdp_rank(rank: int, root: str, port: int) -> None:
 def test_a_sharded_job_loads_our_export_and_we_load_what_it_saves(tmp_path: Path) -> None:
     checkpoint, _ = _checkpoint(tmp_path, tied=False)
     interop_dcp.export(checkpoint, tmp_path / "dcp")
-    torch.multiprocessing.spawn(_fsdp_rank, args=(str(tmp_path), 29_000 + os.getpid() % 10_000), nprocs=2)
+    torch.multiprocessing.spawn(_fsdp_rank, args=(str(tmp_path), free_port()), nprocs=2)
     back = interop_dcp.import_(tmp_path / "sharded", str(tmp_path / "back" / "step_000007"))
     assert back.state_sha256() == checkpoint.state_sha256()
 
