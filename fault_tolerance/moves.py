@@ -66,8 +66,7 @@ class Batch:
 
 def moves_for(plan: SnapshotPlan, atlas: Atlas, rank: int) -> list[Move]:
     """Every move that fills what a rank holds, by node and place. Raises ValueError if the model is another one."""
-    for spec in [s for s in atlas.specs if s != plan.atlas.by_name.get(s.name)]:
-        raise ValueError(f"restore: the snapshot must be of the same model, got {plan.atlas.by_name.get(spec.name)} for {spec}")
+    _check(plan.atlas, atlas)
     wanted = atlas.held(rank)
     entries: dict[str, list[tuple[str, int, Entry]]] = {}
     names = {piece.tensor for piece in wanted}
@@ -105,6 +104,16 @@ def widen(plan: SnapshotPlan, node: str, first: int, last: int) -> tuple[int, in
     block, offset = divmod(last - 1, length)
     high = block * length + min(length, (offset // chunk + 1) * chunk)
     return low, min(high, end)
+
+
+def _check(kept: Atlas, wanted: Atlas) -> None:
+    for spec in wanted.specs:
+        found = kept.by_name.get(spec.name)
+        if found is None or (found.shape, found.dtype) != (spec.shape, spec.dtype):
+            have = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise ValueError(
+                f"restore: the snapshot must be of the same model, got {have} for {spec.name} {spec.dtype} {spec.shape}"
+            )
 
 
 def _batch(plan: SnapshotPlan, moves: Sequence[Move]) -> list[Batch]:

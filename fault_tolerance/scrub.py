@@ -47,7 +47,7 @@ class Housekeeper:
         for version in late:
             reason = f"not protected within {version.plan.deadline_s:g} s"
             if version.plan.coordinator == vault.node:
-                vault.announce(version, "abandon", reason)
+                vault.agreement.announce(version, "abandon", reason)
             elif now - version.began > 2 * version.plan.deadline_s:
                 vault.settle(version, "abandon", reason + ", and nobody said so")
 

@@ -31,39 +31,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import select
-import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 
+from fault_tolerance.agreement import Agreement
 from fault_tolerance.arena import Control, Pool, Segment
+from fault_tolerance.attachments import Attachment, Attachments
 from fault_tolerance.budget import VERSIONS
-from fault_tolerance.encoder import Encoder, request
+from fault_tolerance.encoder import Encoder
 from fault_tolerance.pace import Pace
 from fault_tolerance.peers import Peers
 from fault_tolerance.scrub import Housekeeper
-from fault_tolerance.server import Connection, Server
+from fault_tolerance.server import Server
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.vault_events import VaultEvents
 from fault_tolerance.vault_requests import Requests
 from fault_tolerance.version import Key, NodeMeta, State, Version
-from fault_tolerance.wire import Refused, WireError, local_address
-
-BROADCAST_TRIES = 5
-
-
-@dataclass(eq=False, slots=True)
-class Attachment:
-    """A worker's snapshotter, as long as its connection lives."""
-
-    rank: int
-    generation: int
-    pid: int
+from fault_tolerance.wire import Refused, local_address
 
 
 class Vault:
@@ -81,11 +71,11 @@ class Vault:
         self.fence = -1
         self.versions: dict[Key, Version] = {}
         self._newest = -1
-        self.attached: dict[Connection, Attachment] = {}
-        self._processes: dict[int, int] = {}
+        self.attachments = Attachments(node, self.data_pool, self.events)
+        self.agreement = Agreement(self)
         self.closed = threading.Event()
         self.server = Server(
-            [listen, local_address(run, node)], run=run, secret=secret, handle=Requests(self).handle, gone=self.gone
+            [listen, local_address(run, node)], run=run, secret=secret, handle=Requests(self).handle, gone=self.attachments.gone
         )
         self.address = f"{listen.rpartition(':')[0]}:{self.server.port}"
         self.peers = self._peers({})
@@ -107,9 +97,7 @@ class Vault:
         for pool in (self.data_pool, self.parity_pool):
             pool.close()
         self.control.close()
-        for fd in self._processes.values():
-            os.close(fd)
-        self._processes.clear()
+        self.attachments.close()
 
     # ---- generations
 
@@ -260,51 +248,10 @@ class Vault:
                 version.parity = self.parity_pool.acquire(length)
             return version.parity
 
-    # ---- agreement: the coordinator hears `coded` and says `protected`
-
-    def report(self, version: Version, *, failure: str) -> None:
-        """Tell the coordinator that this vault's part is done, or will not be."""
-        with self.changed:
-            if not failure and version.state is State.STAGED:
-                version.state = State.CODED
-        if version.plan.coordinator == self.node:
-            self.heard(version, self.node, failure)
-        else:
-            self.peers.call(version.plan.coordinator, request("coded", version) | {"failure": failure})
-
-    def heard(self, version: Version, node: str, failure: str) -> None:
-        """As coordinator: a vault's report."""
-        with self.changed:
-            version.coded_nodes.add(node)
-            complete = not failure and version.coded_nodes >= set(version.plan.members)
-        if failure:
-            self.announce(version, "abandon", f"node {node}: {failure}")
-        elif complete:
-            self.announce(version, "protected", "")
-
-    def announce(self, version: Version, verdict: str, reason: str) -> None:
-        """As coordinator: tell everybody, in the background."""
-        if not self.wanted(version):
-            return
-        self.settle(version, verdict, reason)
-        others = [node for node in version.plan.members if node != self.node]
-        for node in others:
-            message = request(verdict, version) | {"reason": reason}
-            threading.Thread(target=self._tell, args=(node, message, version), daemon=True, name="announce").start()
-
-    def _tell(self, node: str, message: dict[str, Any], version: Version) -> None:
-        for attempt in range(BROADCAST_TRIES):
-            try:
-                self.peers.call(node, message)
-                return
-            except Refused:
-                return  # it has gone on without us
-            except WireError:
-                if self.closed.wait(0.2 * 2**attempt) or version.plan is not self.plan:
-                    return
+    # ---- the coordinator's word
 
     def settle(self, version: Version, verdict: str, reason: str) -> None:
-        """The coordinator's word: `protected`, after which older versions go, or `abandon`."""
+        """`protected`, after which older versions go, or `abandon`."""
         with self.changed:
             if not version.pending:
                 return
@@ -319,62 +266,22 @@ class Vault:
             self.changed.notify_all()
         self.events.add("snapshot", **version.timing())
 
+    def report(self, version: Version, *, failure: str) -> None:
+        """Tell the coordinator that this vault's part is done, or will not be. Raises WireError or Refused."""
+        with self.changed:
+            if not failure and version.state is State.STAGED:
+                version.state = State.CODED
+        self.agreement.report(version, failure)
+
+    def may_use(self, segment: Segment) -> bool:
+        """Whether a segment is free of writers of other generations."""
+        return self.plan is not None and self.attachments.only_of(self.plan.generation, segment)
+
     def refresh(self) -> None:
         """Tell the workers whether a new version may begin."""
         pending = any(v.pending and v.plan is self.plan for v in self.versions.values())
         open_here = self.plan is not None and self.plan.generation == self.fence
         self.control.set("ready", int(open_here and not pending))
-
-    # ---- workers
-
-    def may_use(self, segment: Segment) -> bool:
-        """Whether a segment is free of writers of other generations."""
-        generation = self.plan.generation if self.plan is not None else -1
-        return all(isinstance(b, Attachment) and b.generation == generation for b in segment.borrowers)
-
-    def attach(self, connection: Connection, rank: int, generation: int) -> Attachment:
-        """A worker's snapshotter introduces itself. Raises Refused if the seat is not on this node, or taken."""
-        with self.changed:
-            plan = self.current(generation)
-            if rank not in plan.ranks_on(self.node):
-                raise Refused("stranger", f"vault {self.node}: rank {rank} sits on another node")
-            if any(a.rank == rank and a.generation == generation for a in self.attached.values()):
-                raise Refused("busy", f"vault {self.node}: rank {rank} is attached already")
-            assert connection.pid is not None
-            self._watch_process(connection.pid)
-            self.attached[connection] = Attachment(rank, generation, connection.pid)
-            return self.attached[connection]
-
-    def detach(self, connection: Connection) -> None:
-        """A snapshotter lets go of its mappings, as planned."""
-        with self.changed:
-            attachment = self.attached.pop(connection, None)
-            for segment in self.data_pool.segments():
-                segment.borrowers.discard(attachment)
-
-    def gone(self, connection: Connection) -> None:
-        """A connection ended; if a worker was still attached to it, that worker died."""
-        attachment = self.attached.get(connection)
-        self.detach(connection)
-        if attachment is not None and not self.closed.is_set():
-            self.events.add("gone", pid=attachment.pid, rank=attachment.rank, generation=attachment.generation)
-
-    def _watch_process(self, pid: int) -> None:
-        if pid not in self._processes:
-            for known in [p for p, fd in self._processes.items() if _exited(fd)]:
-                os.close(self._processes.pop(known))
-            self._processes[pid] = os.pidfd_open(pid)
-
-    def kill_pid(self, pid: int) -> bool:
-        """SIGKILL a process that was once attached here. Whether it was alive. Raises Refused for any other."""
-        with self.changed:
-            if pid not in self._processes:
-                raise Refused("stranger", f"vault {self.node}: pid {pid} was never attached here")
-            try:
-                signal.pidfd_send_signal(self._processes[pid], signal.SIGKILL)
-            except ProcessLookupError:
-                return False
-            return True
 
     # ---- what is asked
 
@@ -389,7 +296,7 @@ class Vault:
                 "protected": max((v.step for v in mine if v.state is State.PROTECTED), default=None),
                 "staged": max((v.step for v in mine if v.has_data), default=None),
                 "versions": [v.timing() for v in self.versions.values()],
-                "attached": [{"rank": a.rank, "pid": a.pid} for a in self.attached.values()],
+                "attached": self.attachments.describe(),
                 "memory_bytes": self.data_pool.nbytes + self.parity_pool.nbytes,
                 "bad_chunks": sum(len(v.bad) for v in self.versions.values()),
                 "wire_sent": self.server.traffic["tcp"].sent,
@@ -408,6 +315,19 @@ class Vault:
                 "plans": {v.plan.fingerprint: v.plan.to_json() for v in held},
                 "versions": [v.describe() for v in held if v.blocks()],
             }
+
+    @contextmanager
+    def reading(self, key: Key) -> Iterator[Version]:
+        """A version that is held here; its memory is given to nobody else meanwhile. Raises ValueError if it is not."""
+        with ExitStack() as stack:
+            with self.changed:
+                version = self.versions.get(key)
+                if version is None:
+                    raise ValueError(f"vault {self.node}: step {key[1]} of generation {key[0]} is not here")
+                for pool, segment in ((self.data_pool, version.data), (self.parity_pool, version.parity)):
+                    if segment is not None:
+                        stack.enter_context(pool.pinned(segment))
+            yield version
 
     def corrupt(self, key: Key, kind: str, index: int, *, offset: int, data: bytes = b"") -> None:
         """Damage a held block, for drills: flip one bit at `offset`, or write `data` there. Raises KeyError."""
@@ -428,10 +348,6 @@ def _line(fd: int) -> str:
     while not text.endswith(b"\n") and (byte := os.read(fd, 1)):
         text += byte
     return text.decode().strip()
-
-
-def _exited(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
 
 
 def main(arguments: list[str] | None = None) -> None:

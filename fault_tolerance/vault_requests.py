@@ -22,7 +22,8 @@ from fault_tolerance.version import NodeMeta, Version, hash_bytes
 from fault_tolerance.wire import Header, Refused
 
 if TYPE_CHECKING:
-    from fault_tolerance.vault import Attachment, Vault
+    from fault_tolerance.attachments import Attachment
+    from fault_tolerance.vault import Vault
 
 MAX_WATCH_S = 60.0
 
@@ -83,7 +84,7 @@ class Requests:
 
     def kill(self, connection: Connection, header: Header) -> None:
         """SIGKILL a local worker."""
-        reply(connection, {"alive": self._vault.kill_pid(int(header["pid"]))})
+        reply(connection, {"alive": self._vault.attachments.kill_pid(int(header["pid"]))})
 
     def shutdown(self, connection: Connection, header: Header) -> None:
         """End this vault."""
@@ -156,7 +157,7 @@ class Requests:
         """To the coordinator: a vault's part of a version is done, or failed."""
         version = self._admitted(header)
         reply(connection)
-        self._vault.heard(version, str(header["from"]), str(header["failure"]))
+        self._vault.agreement.heard(version, str(header["from"]), str(header["failure"]))
 
     def protected(self, connection: Connection, header: Header) -> None:
         """From the coordinator: all parities are in place."""
@@ -177,7 +178,10 @@ class Requests:
         """A snapshotter comes: it gets the control page and the segments that are free."""
         self._local(connection)
         vault = self._vault
-        attachment = vault.attach(connection, int(header["rank"]), int(header["generation"]))
+        rank, generation = int(header["rank"]), int(header["generation"])
+        if rank not in vault.current(generation).ranks_on(vault.node):
+            raise Refused("stranger", f"vault {vault.node}: rank {rank} sits on another node")
+        attachment = vault.attachments.attach(connection, rank, generation)
         with vault.changed:
             segments = [s for s in vault.data_pool.segments() if vault.may_use(s)]
             for segment in segments:
@@ -208,7 +212,7 @@ class Requests:
 
     def detach(self, connection: Connection, header: Header) -> None:
         """A snapshotter leaves, and has unmapped everything."""
-        self._vault.detach(connection)
+        self._vault.attachments.detach(connection)
         reply(connection)
 
     def map(self, connection: Connection, header: Header) -> None:
@@ -244,8 +248,5 @@ class Requests:
 
     def _attached(self, connection: Connection) -> Attachment:
         self._local(connection)
-        attachment = self._vault.attached.get(connection)
-        if attachment is None:
-            raise Refused("stranger", f"vault {self._vault.node}: attach first")
-        return attachment
+        return self._vault.attachments.of(connection)
 

@@ -159,6 +159,10 @@ class Version:
             self.bad.add((kind, index, chunk))
         return good
 
+    def intact(self, kind: str, index: int) -> bool:
+        """Whether a whole held block still has its hashes."""
+        return all(self.check(kind, index, chunk) for chunk in range(len(self.hashes(kind, index))))
+
     def describe(self) -> dict[str, Any]:
         """What the catalogue asks for."""
         return {

@@ -14,6 +14,7 @@ from fault_tolerance.budget import budget
 from fault_tolerance.catalogue import catalogue
 from fault_tolerance.restore import Reader, RestoreError
 from fault_tolerance.snapshot import Snapshotter
+from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.vault import Vault
 from fault_tolerance.vault_client import VaultClient
 from fault_tolerance.wire import Refused, WireError, connect
@@ -377,3 +378,42 @@ def test_whatever_is_killed_whenever_the_newest_protected_step_or_a_newer_one_is
             cluster.detach()
             cluster.add(victims)
             generation, base, step = generation + 1, snapshot.key, snapshot.step + 1
+
+
+def test_a_version_can_be_read_in_place_by_its_host_and_is_not_overwritten_meanwhile():
+    """The agent writes durable checkpoints straight out of the vault's memory."""
+    with VaultCluster(0) as cluster:
+        vault = Vault(node="n0", run=cluster.run, secret=cluster.secret)
+        vault.start()
+        client = VaultClient(vault.address, run=cluster.run, secret=cluster.secret)
+        cluster.vaults = {}
+        atlas = atlas_of(ONE)
+        plan = SnapshotPlan(
+            run=cluster.run,
+            generation=1,
+            atlas=atlas,
+            seats=("n0",),
+            groups=placement.plan_groups({"n0": None}, tolerate=0, group_size=1),
+            addresses={"n0": vault.address},
+        )
+        client.open(plan)
+        mine = Snapshotter(plan, rank=0, secret=cluster.secret)
+        states = [whole_state(atlas, seed) for seed in range(4)]
+        mine.begin(1, {}, shards(atlas, 0, states[1]))
+        wait_until(lambda: mine.protected == 1)
+        with vault.reading((1, 1)) as version:
+            kept = version.data.view.copy()
+            for step in (2, 3):
+                wait_until(mine.ready)
+                mine.begin(step, {}, shards(atlas, 0, states[step]))
+                wait_until(lambda step=step: mine.protected == step)
+            assert np.array_equal(version.data.view, kept)
+        with vault.reading((1, 3)) as version:
+            assert version.intact("data", 0)
+            version.data.view[100] ^= 4
+            assert not version.intact("data", 0)
+        with pytest.raises(ValueError, match="not here"), vault.reading((1, 1)):
+            pass
+        mine.close()
+        vault.close()
+        vault.close()
