@@ -13,7 +13,6 @@ Rule of this file: one of the few that Ray enters by (with `ray_calls.py`, `ray_
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import socket
 import threading
@@ -29,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from framework.checkout import code
 from framework.host import tail
 from framework.local_cluster import LocalCluster
-from framework.machines import CONTROL, Machines
+from framework.machines import Machines
 from framework.nodes import (
     DOMAIN_LABEL,
     CallError,
@@ -109,8 +108,6 @@ class Cluster:
                     timeout_s=start_timeout_s,
                 )
                 address, began = local.address, time.monotonic()
-            if local is not None:
-                os.environ[CONTROL] = local.control
             connect(run_id, address, node_ip=None if local is None else HEAD_IP)
         except BaseException:
             if local is not None:

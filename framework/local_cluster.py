@@ -29,11 +29,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from framework.machines import Machines
+from framework.machines import CONTROL, Machines
 from framework.nodes import DOMAIN_LABEL, ClusterError
 from framework.raylets import FIRST_JOB, HEAD, HEAD_IP, HERE, environment, gcs_command, template, zygote_command
 
 PREFIX = "holdfast-"
+ENTERED = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", CONTROL)
 MAX_FOLDER_CHARS = 60  # AF_UNIX paths end at 107
 T = TypeVar("T")
 PRELOAD = (
@@ -68,6 +69,7 @@ class LocalCluster:
         self.machines = Machines(self.control)
         self.address = ""
         self.timings: dict[str, float] = {}
+        self._outside: dict[str, str | None] = {}
 
     @classmethod
     def begin(cls, *, preload: Sequence[str] = PRELOAD) -> LocalCluster:
@@ -143,14 +145,19 @@ class LocalCluster:
             self._warden.wait()
         for folder in (self.folder, _shm(self.folder)):
             shutil.rmtree(folder, ignore_errors=True)
+        for name, value in self._outside.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        self._outside = {}
 
     def enter(self) -> None:
         """Let this process speak to the cluster: its token, and no other cluster's address."""
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+        self._outside = {name: os.environ.pop(name, None) for name in ENTERED}
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(self.folder / "token"))
-        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
-            os.environ.pop(name, None)
+        os.environ[CONTROL] = self.control
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
 

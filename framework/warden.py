@@ -16,6 +16,7 @@ block on anything but a dying process. It knows argument lists, not Ray. Sources
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -32,6 +33,7 @@ from typing import Any
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TICK_S = 0.5
 KILL_DEADLINE_S = 10.0
+STOP_DEADLINE_S = 5.0
 prctl = ctypes.CDLL(None, use_errno=True).prctl
 
 
@@ -87,7 +89,7 @@ class Warden:
         return killed
 
     def do_stop(self, node: str) -> list[int]:
-        """SIGSTOP to the whole machine."""
+        """SIGSTOP to the whole machine. Every process has stopped on return."""
         return self._signal(node, signal.SIGSTOP, "stopped")
 
     def do_cont(self, node: str) -> list[int]:
@@ -129,7 +131,8 @@ class Warden:
             while not self.ending and os.getppid() == driver:
                 for key, _ in selector.select(TICK_S):
                     if key.fileobj is control:
-                        self._answer(control)
+                        with contextlib.suppress(OSError):  # whoever asks for its own machine's end does not hear the answer
+                            self._answer(control)
                     elif not os.read(0, 4096):
                         self.ending = True
                 self._reap()
@@ -153,11 +156,8 @@ class Warden:
                 answer = {"ok": getattr(self, "do_" + request["do"])(**request.get("with", {}))}
             except Exception as error:  # whatever is asked wrongly, the warden lives on
                 answer = {"error": f"{type(error).__name__}: {error}"}
-            try:
-                stream.write(json.dumps(answer).encode() + b"\n")
-                stream.flush()
-            except OSError:
-                pass  # the client has gone
+            stream.write(json.dumps(answer).encode() + b"\n")
+            stream.flush()
 
     def _values(self, node: str) -> dict[str, str]:
         given = self.template["nodes"].get(node) or {**self.template["default"], "IP": f"127.0.200.{len(self.nodes) + 1}"}
@@ -183,19 +183,22 @@ class Warden:
         return process.pid
 
     def _reap(self, *, respawn: bool = True) -> None:
-        while True:
-            try:
-                pid, _ = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            if pid == self.zygote and respawn:
-                self.zygote = self._spawn_zygote()
-            for node, raylet in self.raylets.items():
-                if pid == raylet and self.state[node] != "dead" and respawn:
-                    self.state[node] = "dead"  # a machine without its raylet is none: the workers must not train on
-                    _signal_all(self._pids(node), signal.SIGKILL)
+        """Bury the dead. A machine without its raylet is none: its workers must not train on."""
+        dead: set[int] = set()
+        with contextlib.suppress(ChildProcessError):
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                dead.add(pid)
+        if not respawn:
+            return
+        if self.zygote in dead:
+            self.zygote = self._spawn_zygote()
+        for node, raylet in self.raylets.items():
+            if raylet in dead:
+                self.state[node] = "dead"
+            if raylet and self.state[node] == "dead":
+                _signal_all(rest := self._pids(node), signal.SIGKILL)
+                if not rest:
+                    self.raylets[node] = 0  # the number may soon be somebody else's
 
     def _kill(self, node: str) -> list[int]:
         self._known(node)
@@ -215,6 +218,12 @@ class Warden:
         self._known(node)
         pids = self._pids(node)
         _signal_all(pids, number)
+        deadline = time.monotonic() + STOP_DEADLINE_S
+        while number == signal.SIGSTOP and time.monotonic() < deadline:  # a process stops when it is next scheduled
+            processes = _processes()
+            if all(processes[pid][2] in "TtZX" for pid in pids if pid in processes):
+                break
+            time.sleep(0.002)
         if self.state[node] != "dead":
             self.state[node] = state
         return pids
@@ -222,8 +231,8 @@ class Warden:
     def _pids(self, node: str) -> list[int]:
         """The raylet's session, and the session of every worker that the zygote's book names."""
         raylet = self.raylets.get(node, 0)
-        sessions = {raylet} | {int(page.name) for page in (self.book / node).glob("*")}
-        found = [pid for pid, (_, session, alive) in _processes().items() if alive and session in sessions]
+        sessions = {raylet, *(int(page.name) for page in (self.book / node).glob("*"))} - {0}
+        found = [pid for pid, (_, session, state) in _processes().items() if state not in "ZX" and session in sessions]
         return sorted(found, key=lambda pid: (pid != raylet, pid))
 
 
@@ -245,8 +254,8 @@ def _signal_all(pids: list[int], number: int) -> None:
             pass
 
 
-def _processes() -> dict[int, tuple[int, int, bool]]:
-    """pid: (parent, session, not a zombie) of every process of this machine."""
+def _processes() -> dict[int, tuple[int, int, str]]:
+    """pid: (parent, session, state letter) of every process of this machine."""
     found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -255,7 +264,7 @@ def _processes() -> dict[int, tuple[int, int, bool]]:
             except OSError:
                 continue
             words = text.rpartition(")")[2].split()
-            found[int(folder.name)] = (int(words[1]), int(words[3]), words[0] not in "ZX")
+            found[int(folder.name)] = (int(words[1]), int(words[3]), words[0])
     return found
 
 

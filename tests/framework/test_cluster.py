@@ -341,6 +341,25 @@ def test_it_joins_a_cluster_that_somebody_else_has_started(tmp_path: Path) -> No
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def test_one_process_may_have_one_cluster_after_the_other() -> None:
+    program = f"""
+        import os
+        from framework.cluster import Cluster
+        from framework.local_cluster import LocalCluster
+        before = dict(os.environ)
+        for number in range(2):
+            early = LocalCluster.begin(preload={PRELOAD!r})
+            cluster = Cluster.open(run_id=f"run{{number}}", import_paths=[{HERE!r}], early=early)
+            print(cluster.start_worker("n0", "n0.0", "hosted:Thing", {{"start": number}}).call("add", 1).result(60))
+            cluster.close()
+        print({{k for k in os.environ if os.environ[k] != before.get(k)}})
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split("\n")[:3] == ["1", "2", "set()"], done.stderr
+
+
 def test_names_are_stable_and_told_apart() -> None:
     def row(id: str, ip: str, alive: bool = True, **labels: str) -> dict[str, Any]:
         return {

@@ -75,7 +75,7 @@ def test_a_stopped_machine_does_not_answer_until_it_is_continued(cluster: LocalC
     pids = machines.stop("n0")
     assert all(state_of(pid) == "T" for pid in pids) and not machines.answers("n0")
     machines.cont("n0")
-    assert machines.answers("n0") and not any(state_of(pid) == "T" for pid in pids)
+    wait_until(lambda: machines.answers("n0") and not any(state_of(pid) == "T" for pid in pids))
 
 
 def test_a_raylet_that_dies_by_itself_is_a_dead_machine(cluster: LocalCluster) -> None:
