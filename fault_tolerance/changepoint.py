@@ -39,13 +39,22 @@ class ChangePoints:
     """Feed it a positive series; it answers with the change that the newest samples have made certain, once each.
 
     `learn` samples set the prior and can raise no alarm; a change counts if it is at least `least` (0.1 = 10%) of the
-    level, has `settle` samples, and its probability exceeds `sure`.
+    level, has `settle` samples, its probability exceeds `sure`, and the levels are `sigmas` standard errors apart, by
+    the differences of neighbours: a noise that grew is no new level.
     """
 
     def __init__(
-        self, *, learn: int = 10, least: float = 0.08, settle: int = 3, sure: float = 0.8, hazard: float = HAZARD
+        self,
+        *,
+        learn: int = 10,
+        least: float = 0.08,
+        settle: int = 3,
+        sure: float = 0.8,
+        sigmas: float = 3.0,
+        hazard: float = HAZARD,
     ) -> None:
         self._learn, self._least, self._settle, self._sure, self._hazard = learn, least, settle, sure, hazard
+        self._sigmas = sigmas
         self._values: list[float] = []
         self._start = 0  # of the level that is known
         self._runs = np.zeros(0)
@@ -105,10 +114,16 @@ class ChangePoints:
         length = self._settle + int(np.argmax(self._runs[self._settle : recent + 1]))
         before = float(np.median(self._values[self._start : count - length]))
         level = float(np.median(self._values[count - length :]))
-        if abs(level / before - 1) < self._least:
+        if abs(level / before - 1) < self._least or not self._stands_out(level / before, length):
             return None
         self._start = count - length
         return Change(self._start, before, level, probability)
+
+    def _stands_out(self, ratio: float, length: int) -> bool:
+        logs = np.log(self._values[self._start :][-60:])
+        noise = 1.4826 * float(np.median(np.abs(np.diff(logs)))) / math.sqrt(2)
+        earlier = max(1, len(self._values) - length - self._start)
+        return abs(math.log(ratio)) >= self._sigmas * 1.25 * noise * math.sqrt(1 / length + 1 / earlier)
 
 
 def _student(x: float, freedom: np.ndarray, mu: np.ndarray, scale2: np.ndarray) -> np.ndarray:

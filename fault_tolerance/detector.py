@@ -24,7 +24,7 @@ from fault_tolerance.deadlines import Deadlines, Patience
 from fault_tolerance.hangs import judge_deaths, judge_hangs
 from fault_tolerance.links import Delay, Ends, delays, judge_links, levels, normalised
 from fault_tolerance.mismatches import judge_mismatches
-from fault_tolerance.stragglers import Rule, judge_stragglers, waits_caused
+from fault_tolerance.stragglers import Rule, judge_stragglers, last_step, waits_caused
 from fault_tolerance.timeline import StepSpan, clock_offsets, meetings, merge, spans, transfers
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from parallel.record import Op, Phase, Record, Ring, State, decode
@@ -41,10 +41,9 @@ class Settings:
 
     warm_up_steps: int = 3
     learn_steps: int = 8
-    persist: int = 2
+    persist: int = 3
     stopped_s: float = 1.0
     silent_s: float = 4.0
-    drift: float = 0.08
     rule: Rule = Rule()
     patience: Patience = Patience()
 
@@ -148,7 +147,7 @@ class Detector:
             changes = {r: max(1e-6, u[step].own_s) / max(1e-6, self._levels[r]) for r, u in usable.items()}
             everybody = statistics.median_low(list(changes.values()))
             for rank, change in changes.items():
-                series = self._series.setdefault(rank, ChangePoints(least=self.settings.drift))
+                series = self._series.setdefault(rank, _series(self.settings.rule.drift - 1))
                 found = series.add(change / everybody)
                 if found is not None:
                     self._drifted[rank] = self._drifted.get(rank, 1.0) * found.ratio
@@ -188,7 +187,7 @@ class Detector:
         seen = {rank: self._judgeable(rank) for rank in self.rings}
         if not seen or not all(seen.values()):
             return []
-        newest = min(max(by_step) for by_step in seen.values())
+        newest = last_step(seen)
         if newest == self._judged_step:
             return [v for v in self.active.values() if v.kind in SLOW]
         self._judged_step = newest
@@ -214,16 +213,16 @@ class Detector:
         return [d for d in delays(transfers(recent).values(), found, clock_offsets(found)) if d.step >= first]
 
     def _drift(self) -> list[Verdict]:
-        """Small but certain: a change point that no window would show."""
+        """Small but certain: a change point that no window would show, as long as it lasts and costs something."""
         out = []
         for rank, ratio in sorted(self._drifted.items()):
-            if ratio >= 1 + self.settings.drift:
+            spans_now = list(self._judgeable(rank).values())[-self.settings.rule.window :]
+            step_s = statistics.median(span.duration_s for span in spans_now)
+            extra_s = statistics.median(span.own_s for span in spans_now) * (1 - 1 / ratio)
+            if ratio >= self.settings.rule.drift and extra_s >= self.settings.rule.impact * step_s:
                 reason = f"rank {rank} on {self.topology.nodes[rank]} drifted to {ratio:.2f} times its own past, others did not"
-                out.append(
-                    Verdict(
-                        Kind.SLOW_COMPUTE, (rank,), self.topology.on([rank]), reason, confidence=0.7, severity=ratio
-                    )
-                )
+                nodes = self.topology.on([rank])
+                out.append(Verdict(Kind.SLOW_COMPUTE, (rank,), nodes, reason, confidence=0.7, severity=ratio))
         return out
 
     def _persistent(self, found: Iterable[Verdict], newest: int) -> list[Verdict]:
@@ -251,6 +250,11 @@ class Detector:
         """The rings, cut to the records of the newest steps."""
         newest = min((ring.step for ring in self.rings.values()), default=0)
         return {rank: _tail(ring, newest - num_steps) for rank, ring in self.rings.items()}
+
+
+def _series(least: float) -> ChangePoints:
+    """Patient: what is large is found by the window long before; a false alarm here would cost a machine."""
+    return ChangePoints(learn=16, least=least, settle=6, sure=0.95)
 
 
 def _settled(records: list[Record]) -> list[Record]:

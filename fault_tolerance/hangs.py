@@ -15,7 +15,7 @@ analyses, with the edges of every axis in one graph.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -208,9 +208,14 @@ def _stuck_on_wire(wait: Wait, topology: Topology) -> Verdict:
 
 
 def _out_of_order(circle: tuple[int, ...], waits: Mapping[int, Wait], topology: Topology) -> Verdict:
+    """Blames those in the circle who wait elsewhere than most of it: one rank skipped what the others are at."""
+    places = Counter(_place(waits[rank]) for rank in circle)
+    usual, votes = places.most_common(1)[0]
+    odd = tuple(rank for rank in circle if _place(waits[rank]) != usual)
+    ranks = odd if votes > len(circle) / 2 else circle
     evidence = tuple(_wait_line(waits[rank]) for rank in circle)
-    reason = f"{_names(circle)} wait for each other in a circle: they call their operations in different orders"
-    return Verdict(Kind.MISMATCH, circle, topology.on(circle), reason, evidence=evidence, confidence=0.9)
+    reason = f"{_names(circle)} wait for each other in a circle: {_names(ranks)} called operations in another order"
+    return Verdict(Kind.MISMATCH, ranks, topology.on(ranks), reason, evidence=evidence, confidence=0.9)
 
 
 def _names(ranks: Iterable[int]) -> str:

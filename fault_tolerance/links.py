@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fault_tolerance.timeline import Meeting, Transfer
@@ -26,7 +26,7 @@ from parallel.record import Phase, State
 
 HOT = 1.5
 SHARE = 0.8
-LEAST_SAMPLES = 4
+LEAST_SAMPLES = 5
 LEAST_S = 0.0005  # below, it is the scheduler of the machine that one sees
 REALLY_WAITED_NS = 50_000
 
@@ -74,6 +74,7 @@ def normalised(
     """(how many times the usual, extra seconds) by ends, medians over the samples.
 
     The usual is the lower median over all ends with samples of the same like; where there is only one, its own `past`.
+    Ends count with the quarter of their samples that is fastest, so that a few late ones, on a busy machine, are no way.
     """
     by_like: dict[Hashable, dict[Ends, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
@@ -81,7 +82,8 @@ def normalised(
     ratios: dict[Ends, list[tuple[float, float]]] = defaultdict(list)
     for like, by_ends in by_like.items():
         typical = {ends: statistics.median(v) for ends, v in by_ends.items() if len(v) >= LEAST_SAMPLES}
-        for ends, seconds in typical.items():
+        for ends in typical:
+            seconds = _lower_quarter(by_ends[ends])
             known = (past or {}).get((ends, like))
             usual = statistics.median_low(list(typical.values())) if len(typical) > 1 else known
             if known is not None and usual is not None:
@@ -89,6 +91,10 @@ def normalised(
             if usual is not None and usual > 0:
                 ratios[ends].append((seconds / usual, (seconds - usual) * len(by_ends[ends])))
     return {ends: max(found, key=lambda pair: pair[1]) for ends, found in ratios.items()}
+
+
+def _lower_quarter(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 4]
 
 
 def levels(samples: Iterable[Delay]) -> dict[tuple[Ends, Hashable], float]:

@@ -6,18 +6,20 @@
     past     its own level before, against everybody's                    2.0x, everybody 2.0x:    nobody is blamed
 
 A victim waits, so its own time does not grow, however long the chain from the culprit to it; a pipeline's bubble is a
-wait as well; and a stage with more layers is compared with itself. Medians over a window of steps, and most steps of it
-must agree, so that one hiccup, or a different rank each time, blames nobody.
+wait as well; and a stage with more layers is compared with itself. Medians over a window of steps, most steps of it must
+agree, and the difference must stand far out of the noise of the steps: where it does not, a longer window decides.
 
 Rule of this file: pure. Source: C4 (non-communication slow) and GREYHOUND, turned from clocks to waits.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from fault_tolerance.timeline import Meeting, StepSpan
 from fault_tolerance.verdict import Kind, Topology, Verdict
@@ -27,24 +29,38 @@ Spans = Mapping[int, Mapping[int, StepSpan]]  # by rank and step
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """When slow is too slow: `ratio` of the window's medians, in `agree` of its steps, costing `impact` of the step."""
+    """When slow is too slow: `ratio` of the medians over a window of steps, in `agree` of its steps, costing `impact` of
+    the step, and `sigmas` standard errors away. The longest window also finds `drift`."""
 
-    window: int = 6
+    windows: tuple[int, ...] = (6, 12, 24)
     ratio: float = 1.18
-    agree: float = 0.66
+    drift: float = 1.08
+    agree: float = 0.8
     impact: float = 0.04
+    sigmas: float = 4.5
     least_s: float = 0.001
+
+    @property
+    def window(self) -> int:
+        """The shortest window."""
+        return self.windows[0]
+
+    def least(self, window: int) -> float:
+        """The ratio that counts in a window."""
+        return self.drift if window == self.windows[-1] else self.ratio
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One rank over the window: seconds of own time, of its reference, and of its step, and the share of steps over it."""
+    """One rank over a window: seconds of own time, of its reference, and of its step; the share of steps over it, and the
+    standard error of the logarithm of the ratio."""
 
     rank: int
     own_s: float
     reference_s: float
     step_s: float
     agree: float
+    error: float
     against: str
 
     @property
@@ -56,30 +72,58 @@ class Measure:
 def judge_stragglers(
     spans: Spans, topology: Topology, *, levels: Mapping[int, float] | None = None, rule: Rule | None = None
 ) -> list[Verdict]:
-    """Verdicts on the newest window of steps that all ranks have finished; none before there is one.
+    """Verdicts on the newest steps that all ranks have finished, by the shortest window that is sure; at first none.
 
-    `levels` are the own times, in seconds by rank, of a time when all was well.
+    `spans` may hold more than the windows: the noise is learnt from it. `levels` are the own times, in seconds by rank,
+    of a time when all was well.
     """
     rule = rule or Rule()
-    steps = common_steps(spans, rule.window)
-    if len(steps) < rule.window:
-        return []
-    level = levels or {}
-    seen = {rank: newest(by_step, steps, rule.window) for rank, by_step in spans.items()}
-    peers = [m for rank in spans if (m := against_peers(rank, seen, topology, rule))]
-    past = [m for rank in spans if (m := against_past(rank, seen, level, rule))]
-    slow = {m.rank: m for m in past if _too_slow(m, rule) and _not_the_work(m.rank, past, topology, rule)}
-    slow |= {m.rank: m for m in peers if _too_slow(m, rule)}
-    if slow:
-        return _by_node(slow, steps, topology)
-    return _everybody(seen, steps, level, rule) or _wandering(spans, steps, topology, rule)
+    noise = {rank: noise_of(by_step) for rank, by_step in spans.items()}
+    general: list[Verdict] = []
+    for window in rule.windows:
+        steps = window_steps(spans, window)
+        if not steps:
+            break
+        seen = {rank: newest(by_step, steps, window) for rank, by_step in spans.items()}
+        slow = _slow(seen, topology, levels or {}, noise, rule, rule.least(window))
+        if slow:
+            return _by_node(slow, steps, topology)
+        general = general or _everybody(seen, steps, levels or {}, rule) or _wandering(spans, steps, topology, rule)
+    return general
 
 
-def common_steps(spans: Spans, window: int) -> list[int]:
-    """The newest steps, ascending, that most ranks have finished and noted; at most `window`."""
-    counts = Counter(step for by_step in spans.values() for step in by_step)
-    last = min((max(by_step, default=-1) for by_step in spans.values()), default=-1)
-    return sorted(step for step, count in counts.items() if count >= 0.6 * len(spans) and step <= last)[-window:]
+def noise_of(by_step: Mapping[int, StepSpan], *, last: int = 40) -> float:
+    """The spread of a rank's own time from step to step, as a standard deviation of its logarithm; a new level is none."""
+    logs = [math.log(max(span.own_s, 1e-6)) for _, span in sorted(by_step.items())[-last:]]
+    if len(logs) < 3:
+        return 1.0
+    return 1.4826 * statistics.median(abs(b - a) for a, b in pairwise(logs)) / math.sqrt(2)
+
+
+def _slow(
+    seen: Spans,
+    topology: Topology,
+    levels: Mapping[int, float],
+    noise: Mapping[int, float],
+    rule: Rule,
+    least: float,
+) -> dict[int, Measure]:
+    peers = [m for rank in seen if (m := against_peers(rank, seen, topology, noise, least))]
+    past = [m for rank in seen if (m := against_past(rank, seen, levels, noise, least))]
+    slow = {m.rank: m for m in past if _too_slow(m, rule, least) and _not_the_work(m.rank, past, topology, rule, least)}
+    return slow | {m.rank: m for m in peers if _too_slow(m, rule, least)}
+
+
+def last_step(spans: Spans) -> int:
+    """The newest step that most ranks have finished and noted; -1 if there is none."""
+    return statistics.median_low([max(by_step, default=-1) for by_step in spans.values()]) if spans else -1
+
+
+def window_steps(spans: Spans, window: int) -> range:
+    """The newest `window` steps; empty as long as there are not that many."""
+    first = statistics.median_low([min(by_step, default=0) for by_step in spans.values()]) if spans else 0
+    last = last_step(spans)
+    return range(last - window + 1, last + 1) if last - first + 1 >= window else range(0)
 
 
 def newest(by_step: Mapping[int, StepSpan], steps: Sequence[int], window: int) -> dict[int, StepSpan]:
@@ -92,7 +136,9 @@ def newest(by_step: Mapping[int, StepSpan], steps: Sequence[int], window: int) -
     return {s: by_step[s] for s in chosen} if 2 * len(chosen) > window else {}
 
 
-def against_peers(rank: int, seen: Spans, topology: Topology, rule: Rule) -> Measure | None:
+def against_peers(
+    rank: int, seen: Spans, topology: Topology, noise: Mapping[int, float], least: float
+) -> Measure | None:
     """A rank beside those who do the same work. None if it has no peers or too little is known."""
     others = [peer for peer in topology.peers(rank) if seen.get(peer)]
     if not seen[rank] or not others:
@@ -102,10 +148,12 @@ def against_peers(rank: int, seen: Spans, topology: Topology, rule: Rule) -> Mea
     for step in seen[rank]:
         at_step = [seen[p][step].own_s for p in others if step in seen[p]]
         each[step] = statistics.median_low(at_step) if at_step else reference
-    return _measure(rank, reference, each, seen[rank], rule, "its peers")
+    return _measure(rank, reference, each, seen[rank], _error(rank, others, seen, noise), least, "its peers")
 
 
-def against_past(rank: int, seen: Spans, levels: Mapping[int, float], rule: Rule) -> Measure | None:
+def against_past(
+    rank: int, seen: Spans, levels: Mapping[int, float], noise: Mapping[int, float], least: float
+) -> Measure | None:
     """A rank beside its own past, corrected by how everybody changed. None where the past is not known."""
     known = [r for r in seen if levels.get(r, 0) > 0 and seen[r]]
     if rank not in known or len(known) < 2:
@@ -115,7 +163,8 @@ def against_past(rank: int, seen: Spans, levels: Mapping[int, float], rule: Rule
         changes = [seen[r][step].own_s / levels[r] for r in known if step in seen[r]]
         each[step] = levels[rank] * statistics.median_low(changes)
     everybody = statistics.median_low([_own_s(seen[r]) / levels[r] for r in known])
-    return _measure(rank, levels[rank] * everybody, each, seen[rank], rule, "its own past")
+    error = _error(rank, [r for r in known if r != rank], seen, noise)
+    return _measure(rank, levels[rank] * everybody, each, seen[rank], error, least, "its own past")
 
 
 def waits_caused(meetings: Iterable[Meeting]) -> dict[int, tuple[float, float]]:
@@ -136,27 +185,41 @@ def waits_caused(meetings: Iterable[Meeting]) -> dict[int, tuple[float, float]]:
 
 
 def _measure(
-    rank: int, reference: float, each: Mapping[int, float], mine: Mapping[int, StepSpan], rule: Rule, against: str
+    rank: int,
+    reference: float,
+    each: Mapping[int, float],
+    mine: Mapping[int, StepSpan],
+    error: float,
+    least: float,
+    against: str,
 ) -> Measure:
-    half = 1 + (rule.ratio - 1) / 2
+    half = 1 + (least - 1) / 2
     over = [mine[step].own_s > half * usual for step, usual in each.items()]
     step_s = statistics.median(span.duration_s for span in mine.values())
-    return Measure(rank, _own_s(mine), reference, step_s, sum(over) / len(over), against)
+    return Measure(rank, _own_s(mine), reference, step_s, sum(over) / len(over), error, against)
+
+
+def _error(rank: int, others: Sequence[int], seen: Spans, noise: Mapping[int, float]) -> float:
+    """Standard error of the difference of two medians of logarithms, the other one being the middle rank of several."""
+    theirs = statistics.median(noise[r] for r in others)
+    return 1.25 * math.hypot(noise[rank], theirs) / math.sqrt(len(seen[rank]))
 
 
 def _own_s(mine: Mapping[int, StepSpan]) -> float:
     return statistics.median(span.own_s for span in mine.values())
 
 
-def _too_slow(m: Measure, rule: Rule) -> bool:
+def _too_slow(m: Measure, rule: Rule, least: float) -> bool:
     extra = m.own_s - m.reference_s
-    return m.ratio >= rule.ratio and m.agree >= rule.agree and extra >= max(rule.impact * m.step_s, rule.least_s)
+    if m.ratio < least or m.agree < rule.agree or extra < max(rule.impact * m.step_s, rule.least_s):
+        return False
+    return math.log(m.ratio) >= rule.sigmas * m.error
 
 
-def _not_the_work(rank: int, past: Sequence[Measure], topology: Topology, rule: Rule) -> bool:
+def _not_the_work(rank: int, past: Sequence[Measure], topology: Topology, rule: Rule, least: float) -> bool:
     """False where a stage that spans machines got slower as a whole: then its work changed, not a machine."""
     stage = (rank, *topology.peers(rank))
-    slower = [m.rank for m in past if m.rank in stage and _too_slow(m, rule)]
+    slower = [m.rank for m in past if m.rank in stage and _too_slow(m, rule, least)]
     return len(slower) < len(stage) or len(topology.on(stage)) == 1
 
 

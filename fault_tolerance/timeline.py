@@ -25,13 +25,18 @@ KEPT = 20_000  # records a rank; more than any window needs
 
 @dataclass(frozen=True, slots=True)
 class StepSpan:
-    """The training in one step of one rank. `own_s` is the time in which it waited for nobody; `lost` records are missing."""
+    """The training in one step of one rank.
+
+    `own_s` is the time in which it waited for nobody and had a processor, `starved_s` that in which it had none because
+    its machine was busy with others; `lost` records are missing.
+    """
 
     rank: int
     step: int
     duration_s: float
     own_s: float
     lost: int
+    starved_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +146,14 @@ def _span(
         length = following.ticket - mark.ticket
         missing = set(range(1, length)) - {r.ticket - mark.ticket for r in between}
         waited = min(duration, waited + sum(usual.get((length, at), 0.0) for at in missing))
-    return StepSpan(rank, mark.step, duration / 1e9, (duration - waited) / 1e9, lost)
+    starved = min(max(0, following.bytes - mark.bytes), duration - waited)
+    return StepSpan(rank, mark.step, duration / 1e9, (duration - waited - starved) / 1e9, lost, starved / 1e9)
 
 
 def _add(a: StepSpan, b: StepSpan) -> StepSpan:
-    return StepSpan(a.rank, a.step, a.duration_s + b.duration_s, a.own_s + b.own_s, a.lost + b.lost)
+    return StepSpan(
+        a.rank, a.step, a.duration_s + b.duration_s, a.own_s + b.own_s, a.lost + b.lost, a.starved_s + b.starved_s
+    )
 
 
 def meetings(rings: Mapping[int, Ring]) -> dict[tuple[int, int], Meeting]:

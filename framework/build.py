@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,9 @@ from framework.config import Config, ModelConfig
 from framework.config_rules import OWN_MODEL
 from framework.schedule import Schedule
 from framework.windows import Data
-from parallel.assemble import Wrapping, meta
+from parallel.assemble import meta
 from parallel.atlas import Atlas
+from parallel.checks import Wrapping
 from parallel.engine import Engine, EngineOptions, FsdpEngine
 from parallel.layout import Layout
 from parallel.mesh import Mesh

@@ -233,7 +233,7 @@ class Controller:
         nodes = self._cluster.nodes()
         ended = crew.ended()
         suspects = {crew.plan.seats[r].node for r, e in ended.items() if e.how == "died"}
-        suspects |= {crew.plan.seats[r].node for r, s in crew.silent_s(now).items() if s > 1.0}
+        suspects |= {crew.plan.seats[r].node for r, s in crew.silent_s(now).items() if s > 1.0} | self._memory.lost
         dead = {n.name for n in nodes if not n.alive} | {n for n in suspects if not self._cluster.confirm(n)}
         broken = [e.at for e in ended.values() if e.how == "collective"]
         return Sight(
@@ -293,7 +293,7 @@ class Controller:
                 crew.kill(rank)
         stuck = () if crew.finished else crew.abort(deadline_s=ABORT_S, dead_nodes=dead)
         for rank, view in enumerate(crew.ranks):
-            if view.ended is not None and view.ended.how == "died" or rank in stuck:
+            if (view.ended is not None and view.ended.how == "died") or rank in stuck:
                 self._pool.forget(crew.plan.seats[rank].worker)
         for node in dead:
             self._pool.forget(node=node)

@@ -22,8 +22,8 @@ from framework.config import Config, plain
 from framework.incident import Incident, Recovery, Trouble
 from framework.plan import Plan
 from framework.run_dir import RunDir
-from framework.telemetry_sinks import make_sinks
 from framework.telemetry import Telemetry
+from framework.telemetry_sinks import make_sinks
 
 FOLLOWED = 20_000
 

@@ -22,7 +22,7 @@ from fault_tolerance.vault_client import VaultClient
 from fault_tolerance.wire import Refused, WireError
 from framework.cluster import CallError, Remote
 from framework.config import Config
-from framework.plan import Plan, Source
+from framework.plan import Plan
 from framework.pool import PoolError
 from parallel.atlas import Atlas
 from parallel.layout import Layout

@@ -226,9 +226,10 @@ def _option(name: str, layout: Layout, slots: int, warm: int, wish: Wish, situat
 
 def _seats(layout: Layout, wish: Wish, situation: Situation) -> tuple[Seat, ...]:
     places = sorted(situation.places[: wish.max_nodes], key=lambda p: -min(p.warm, p.slots))
+    spread = -(-layout.world // min(len(places), wish.tolerate + 1))  # on enough nodes that `tolerate` may be lost
     blocks = seat_blocks(
         layout.world,
-        [(p.node, p.slots) for p in places],
+        [(p.node, min(p.slots, spread)) for p in places],
         lambda node, ranks: situation.overlap(layout, node, ranks),
     )
     return tuple(Seat(node, slot) for node, slot in blocks)

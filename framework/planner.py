@@ -13,10 +13,11 @@ from framework import data as data_source
 from framework.build import device_kind, make_atlas
 from framework.config import Config
 from framework.config_rules import OWN_MODEL
-from framework.cost import Method, ModelCost, Rates, calibrated, guess, predict
+from framework.cost import Method, ModelCost, predict
 from framework.incident import Trouble
 from framework.layout_choice import candidates
 from framework.plan import Place, Situation, Source, Wish, microbatches
+from framework.rates import Rates, calibrated, guess
 from parallel.atlas import Atlas
 from parallel.layout import Layout
 

@@ -8,7 +8,7 @@ Rule of this file: one TCPStore and its address.
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 
 class Rendezvous:
@@ -16,5 +16,5 @@ class Rendezvous:
 
     def __init__(self, host: str) -> None:
         """`host` is the address under which workers reach this process."""
-        self._store = dist.TCPStore(host, 0, None, True, wait_for_workers=False)
+        self._store = TCPStore(host, 0, None, True, wait_for_workers=False)
         self.address: tuple[str, int] = (host, self._store.port)

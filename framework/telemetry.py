@@ -86,7 +86,7 @@ class Telemetry:
         """Entries that were lost, by sink; empty if none."""
         return {name: lane.dropped for name, lane in self._lanes.items() if lane.dropped}
 
-    def close(self, timeout_s: float = 10.0) -> None:
+    def close(self, timeout_s: float = 30.0) -> None:
         """Let the sinks write what they have and end; those that have not by then are left behind."""
         deadline = time.monotonic() + timeout_s
         for lane in self._lanes.values():

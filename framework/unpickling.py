@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def load_pickle(file: Path, *, guests: Guests) -> Any:
     """A plain pickle file. Raises ValueError if it holds anything that is not let in."""
     try:
         return GuestUnpickler(io.BytesIO(file.read_bytes()), guests=guests).load()
-    except pickle.UnpicklingError as error:
+    except OSError:
+        raise
+    except Exception as error:  # as below
         raise ValueError(f"{file}: must hold plain state, but {error}") from error
 
 
@@ -78,7 +81,9 @@ def load_torch(file: Path, *, stand_in: Mapping[str, type] | None = None) -> Any
     guests = [(cls, name) for name, cls in (stand_in or {}).items()]
     try:
         with torch.serialization.safe_globals(guests):  # type: ignore[arg-type]
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no such file make an unpickler raise anything; all of it is told
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{file}: must hold tensors and plain values only, but {reason}") from error

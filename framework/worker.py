@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from fault_tolerance.catalogue import Snapshot
 from fault_tolerance.interval import choose
@@ -43,6 +43,10 @@ from parallel.mesh import Mesh
 
 LEASE_S = 45.0  # longer than a controller takes to be started again
 MAX_SAID = 10_000
+COLLECTIVE_WORDS = (
+    "gloo", "NCCL", "Socket", "ProcessGroup", "Connection closed", "Connection reset", "Connection refused", "Broken pipe",
+    "Timed out", "timed out", "DistBackendError", "DistNetworkError", "DistStoreError",
+)  # fmt: skip
 
 
 class Worker:
@@ -55,7 +59,7 @@ class Worker:
         self._run_id, self._secret, self._node, self._name = run_id, bytes.fromhex(secret), node, name
         self._device = device_kind(self._config.cluster.device)
         self._data = open_data(self._config)
-        self._stores: dict[tuple[str, int], dist.Store] = {}
+        self._stores: dict[tuple[str, int], Store] = {}
         self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=MAX_SAID)
         self._number = 0
         self._generation = 0
@@ -242,10 +246,10 @@ class Worker:
             act=order.get("acts", {}),
         )
 
-    def _store(self, address: tuple[str, int]) -> dist.Store:
+    def _store(self, address: tuple[str, int]) -> Store:
         """One client per controller for the life of the process: a new one per generation sometimes stalls for 5 s."""
         if address not in self._stores:
-            self._stores[address] = dist.TCPStore(*address, None, False, timeout=timedelta(seconds=60))
+            self._stores[address] = TCPStore(*address, None, False, timeout=timedelta(seconds=60))
         return self._stores[address]
 
     def _say(self, item: dict[str, Any]) -> None:
@@ -268,8 +272,7 @@ def _auto_steps(cost_s: float, step_s: float, mtbf_s: float) -> int:
 def _is_collective(error: Exception) -> bool:
     """Whether an error came out of communication, so that its cause is likely somewhere else."""
     text = f"{type(error).__name__}: {error}"
-    words = ("gloo", "Connection closed", "Connection reset", "Broken pipe", "Timed out", "timed out", "NCCL", "Socket", "DistBackendError", "DistNetworkError", "DistStoreError", "Connection refused", "ProcessGroup")
-    return isinstance(error, (RuntimeError, OSError)) and any(word in text for word in words)
+    return isinstance(error, RuntimeError | OSError) and any(word in text for word in COLLECTIVE_WORDS)
 
 
 def _last_line(error: Exception) -> str:

@@ -92,7 +92,8 @@ class Record:
     """One operation of one rank. `peer` is a world rank: the other end of a transfer, or the root; -1 where none.
 
     `seq` counts the collectives of a group, or the transfers of a pair in one direction, so that records of different
-    ranks with the same (group, seq) are the same operation. `shape` is 0 where ranks need not agree on it.
+    ranks with the same (group, seq) are the same operation. `shape` is 0 where ranks need not agree on it. The `bytes` of
+    a mark are the nanoseconds that the marking thread has ever been ready to run and had no processor.
     """
 
     ticket: int

@@ -19,7 +19,7 @@ DOORS = {  # library: the files that may import it, as patterns of their path
     "omegaconf": r"launch/compose\.py",
     "deepspeed": r"(parallel|framework)/deepspeed\w*\.py",
     "rich": r"framework/progress\.py|launch/\w+\.py",
-    "yaml": r"framework/(run_dir|report)\.py|launch/\w+\.py",
+    "yaml": r"framework/(run_dir|report|interop_\w+)\.py|launch/\w+\.py",
 }
 PURE = (  # files that think, and therefore must be testable without torch
     "parallel/boxes.py",

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from parallel.layout import Layout
 from parallel.record import Group, Op, Phase, Record, Ring, State
@@ -115,6 +116,7 @@ class Drawing:
         )
 
 
+@cache
 def group_id(ranks: tuple[int, ...]) -> int:
     return zlib.crc32(str(ranks).encode())
 
@@ -134,7 +136,9 @@ def draw(
     dice = random.Random(seed)
     at, clock, step, phase = [0] * world, [0.0] * world, [0] * world, [Phase.START] * world
     events: dict[int, list[Event]] = {r: [] for r in range(world)}
-    groups: dict[int, Group] = {}
+    everyone = tuple(range(world))
+    groups: dict[int, Group] = {group_id(everyone): Group(group_id(everyone), "world", everyone)}
+    receiving: dict[int, Event] = {}
     counts: dict[tuple[int, object], int] = defaultdict(int)
     arrived: dict[tuple[int, int], dict[int, Event]] = defaultdict(dict)
     mail: dict[tuple[int, int, int], float] = {}
@@ -158,8 +162,6 @@ def draw(
         elif action[0] == "compute":
             clock[rank] += action[1]
         elif action[0] == "send":
-            everyone = tuple(range(world))
-            groups.setdefault(group_id(everyone), Group(group_id(everyone), "world", everyone))
             seq = counts[rank, ("send", action[1])]
             counts[rank, ("send", action[1])] += 1
             event = note(rank, Op.SEND, group_id(everyone), seq, action[1], action[2], 1)
@@ -170,12 +172,11 @@ def draw(
                 mail[rank, action[1], seq] = event.call + way
         elif action[0] == "recv":
             seq = counts[rank, ("recv", action[1])]
-            known = [e for e in events[rank] if e.op == Op.RECV and e.peer == action[1] and e.seq == seq]
-            event = (
-                known[0] if known else note(rank, Op.RECV, group_id(tuple(range(world))), seq, action[1], action[2], 1)
-            )
+            if rank not in receiving:
+                receiving[rank] = note(rank, Op.RECV, group_id(everyone), seq, action[1], action[2], 1)
             if (action[1], rank, seq) not in mail:
                 return False
+            event = receiving.pop(rank)
             counts[rank, ("recv", action[1])] += 1
             clock[rank] = max(clock[rank] + 0.01 * MS, mail[action[1], rank, seq])
             event.end = clock[rank]

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from fault_tolerance.detector import Detector, Settings
+from fault_tolerance.stragglers import Rule
 from fault_tolerance.verdict import NAMES_NOBODY, Kind, Topology, Verdict
 from parallel.layout import Layout
 from parallel.record import Op, Phase
@@ -114,7 +115,7 @@ def test_a_stage_whose_work_grew_is_no_slow_machine():
     programs = training(
         Layout.parse("2x2x1"), steps=30, slow=lambda rank, step: 1.6 if rank >= 2 and step >= 14 else 1.0
     )
-    assert watch(draw(programs), "2x2x1", drift=9.0) == []
+    assert watch(draw(programs), "2x2x1", rule=Rule(drift=9.0)) == []
 
 
 def test_all_ranks_of_a_slow_machine_are_named_together():

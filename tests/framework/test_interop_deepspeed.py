@@ -140,5 +140,8 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold tensors and plain values only"):
         ds.read(tmp_path / "theirs")
     victim.write_bytes(pickle.dumps(_Evil()))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="must hold tensors and plain values only"):
+        ds.read(tmp_path / "theirs")
+    victim.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="must hold tensors and plain values only"):
         ds.read(tmp_path / "theirs")

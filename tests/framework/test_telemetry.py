@@ -20,6 +20,9 @@ ROW = {"loss": 2.5, "grad_norm": 0.7, "lr": 1e-3, "tokens": 4096, "samples": [0,
 ROW |= {"tokens_per_s": 12345.6, "generation": 1, "layout": "2x2x1", "tolerance": 1, "mfu": 0.31}
 
 
+SLOW_S = 240  # what starting and ending W&B may take on a machine that does much else
+
+
 def row(step, **more):
     return {"step": step} | ROW | more
 
@@ -142,7 +145,7 @@ def test_tensorboard_reads_back_what_was_written(tmp_path):
     for step in (1, 2, 3):
         telemetry.step(row(step, loss=3.0 - step))
     telemetry.event({"kind": "trouble", "step": 3, "reason": "rank 1 died"})
-    telemetry.close(timeout_s=60)
+    telemetry.close(timeout_s=SLOW_S)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 2.0), (2, 1.0), (3, 0.0)]
 
@@ -210,7 +213,7 @@ def test_wandb_has_every_step_those_that_were_done_again_included(tmp_path):
     for step in (1, 2, 3, 4, 2, 3):
         telemetry.step(row(step), {"sys/node0/cpu": 0.5})
     telemetry.event({"time": 1.0, "kind": "trouble", "step": 4, "reason": "rank 1 died", "detect_s": 0.4})
-    telemetry.close(timeout_s=60)
+    telemetry.close(timeout_s=SLOW_S)
     assert telemetry.dropped == {}
     rows = read_back(tmp_path)
     assert [r["trainer/step"] for r in rows if "train/loss" in r] == [1, 2, 3, 4, 2, 3]
@@ -232,7 +235,7 @@ def test_wandb_killed_in_the_middle_is_started_again_under_the_same_id(tmp_path)
     for step in range(2, 30):
         telemetry.step(row(step))
     assert time.perf_counter() - began < 1
-    telemetry.close(timeout_s=60)
+    telemetry.close(timeout_s=SLOW_S)
     rows = read_back(tmp_path)
     assert {r["run_id"] for r in rows if "run_id" in r} == {"abcd1234"}
     assert [r["trainer/step"] for r in rows if "train/loss" in r][-1] == 29
@@ -261,7 +264,7 @@ from tests.framework.test_telemetry import row, wandb_sink
 from pathlib import Path
 telemetry = Telemetry({{"wandb": wandb_sink(Path({str(tmp_path)!r}))}})
 for step in range(1, 11): telemetry.step(row(step))
-time.sleep(3); print("logged", flush=True); time.sleep(60)
+time.sleep(3); print("logged", flush=True); time.sleep(300)
 """
     controller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert controller.stdout is not None
@@ -272,10 +275,10 @@ time.sleep(3); print("logged", flush=True); time.sleep(60)
     def steps():
         return [r["trainer/step"] for r in read_back(tmp_path) if "train/loss" in r]
 
-    assert wait_for(lambda: steps() == list(range(1, 11)), seconds=60)
+    assert wait_for(lambda: steps() == list(range(1, 11)), seconds=SLOW_S)
 
 
-def wait_for(question, seconds=30):
+def wait_for(question, seconds=SLOW_S):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         answer = question()

@@ -89,7 +89,7 @@ def test_the_same_seed_gives_the_same_loss_and_state(pool: Pool, one: Reference,
 @pytest.mark.parametrize("job", [job for job in POWERS if name(job) in LONG], ids=name)
 def test_twenty_steps_stay_together_and_repeat_to_the_bit(pool: Pool, one: Reference, job: Job) -> None:
     job = job.but(steps=20)
-    ranks = pool.run(train, job, world=job.world)
+    ranks = pool.run(train, job, world=job.world, timeout_s=280)
     assert loss_error(one(job), ranks) < 1e-5
     assert state_error(one(job), ranks) < 1e-4
-    assert same_bits(ranks, pool.run(train, job, world=job.world))
+    assert same_bits(ranks, pool.run(train, job, world=job.world, timeout_s=280))

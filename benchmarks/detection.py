@@ -1,0 +1,217 @@
+"""Detection, scored: real ranks, randomly drawn injections, clean runs with noise, one table.
+
+    python benchmarks/detection.py                      200 injections and 50 clean runs (about an hour)
+    python benchmarks/detection.py --injections 12 --clean 2 --layouts 1x4x1,2x2x1
+
+Every run is a crew of processes on gloo (benchmarks/drilled.py), watched from outside through its rings. Right means:
+the first verdict has the class that was injected and names the rank, or the way, and nothing else. A slow way is a shaped
+link between network namespaces, confirmed by a pair test where the records name only a group.
+
+The defaults of others, for comparison: torchrun and torch's gloo and NCCL wait 30 and 10 minutes, Ray Train waits for Ray's
+health check (63 s for a stopped node) and never ends a stopped worker, DeepSpeed leaves hangs to torch; none of them names a
+straggler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from benchmarks.drilled import FLAG_END, FLAG_PAIR_TEST, Crew, Injection, Load, crew
+from benchmarks.hosts import Hosts, why_not
+from fault_tolerance.detector import Detector
+from fault_tolerance.pairtest import judge_ways
+from fault_tolerance.verdict import NAMES_NOBODY, Kind, Topology, Verdict
+from parallel.layout import Layout
+
+KINDS = ("straggler", "sigstop", "gil", "skipped", "killed", "slow_link")
+MEANS = {
+    "straggler": Kind.SLOW_COMPUTE,
+    "sigstop": Kind.HANG,
+    "gil": Kind.HANG,
+    "skipped": Kind.MISMATCH,
+    "killed": Kind.CRASH,
+    "slow_link": Kind.SLOW_LINK,
+}
+SEVERITIES = (1.3, 1.5, 2.0, 3.0, 5.0)
+RATES = {2.0: "200mbit", 5.0: "50mbit"}
+ONSET_STEPS = (14, 20)
+STEPS = 45
+LINK_STEPS = 200  # long enough for a pair test in between
+LOOK_EVERY_S = 0.2
+OTHERS = {
+    "straggler": "never",
+    "sigstop": "1800 s",
+    "gil": "1800 s",
+    "skipped": "1800 s",
+    "killed": "own restart",
+    "slow_link": "never",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One run: what was injected, what was said first, how long after it acted, in seconds and steps."""
+
+    layout: str
+    injection: Injection
+    kind: str
+    ranks: tuple[int, ...]
+    right: bool
+    seconds: float
+    steps: int
+    reason: str
+
+
+def scenario(dice: random.Random, layout: Layout, kind: str) -> Injection:
+    """A random injection of this kind."""
+    rank, step = dice.randrange(layout.world), dice.randrange(*ONSET_STEPS)
+    if kind == "straggler":
+        return Injection(kind, rank, step, dice.choice(SEVERITIES))
+    if kind == "slow_link":
+        others = [
+            r for r in range(layout.world) if r != rank and sum(map(_differs, layout.seat(r), layout.seat(rank))) == 1
+        ]
+        return Injection(kind, rank, step, dice.choice(list(RATES)), dice.choice(others))
+    return Injection(kind, rank, step)
+
+
+def run(layout: Layout, injection: Injection, *, seed: int, verbose: bool = False) -> Outcome:
+    """One crew from start to first verdict, or to its end."""
+    if injection.kind != "slow_link":
+        return _run(layout, injection, seed, None, verbose)
+    with Hosts(layout.world) as hosts:
+        return _run(layout, injection, seed, hosts, verbose)
+
+
+def _run(layout: Layout, injection: Injection, seed: int, hosts: Hosts | None, verbose: bool) -> Outcome:
+    topology = Topology.one_node_each(layout)
+    detector, first, onset_s = Detector(topology), None, None
+    load = Load(message_bytes=1 << 20, gradient_bytes=1 << 20) if hosts else Load()
+    with crew(layout, injection, steps=LINK_STEPS if hosts else STEPS, seed=seed, hosts=hosts, load=load) as started:
+        end = time.monotonic() + 180
+        while first is None and time.monotonic() < end:
+            time.sleep(LOOK_EVERY_S)
+            if hosts and onset_s is None and detector.step >= injection.step:
+                hosts.slow_way(injection.rank, injection.to, RATES[injection.severity])
+                onset_s = time.monotonic()
+            found = detector.observe(started.observed())
+            said = started.listen()
+            first = next((v for v in found if v.kind not in NAMES_NOBODY), None)
+            if verbose and found:
+                print("   ", detector.step, *(f"{v.kind}: {v.reason} {v.evidence}" for v in found), sep="\n      ")
+            if said.get("ended", 0) == layout.world:
+                break
+        seen_s, onset_s = time.monotonic(), onset_s or started.listen().get("onset")
+        if first is not None and first.kind == Kind.SLOW_LINK and first.link is None:
+            first = _pair_tested(started, first, topology)
+    right = _right(injection, first)
+    return Outcome(
+        str(layout),
+        injection,
+        first.kind if first else "none",
+        first.ranks if first else (),
+        right,
+        seen_s - onset_s if onset_s and first else 0.0,
+        detector.step - injection.step if first and injection.kind != "none" else 0,
+        first.reason if first else "",
+    )
+
+
+def _differs(a: int, b: int) -> bool:
+    return a != b
+
+
+def _pair_tested(started: Crew, suspicion: Verdict, topology: Topology) -> Verdict:
+    started.orders.send(FLAG_PAIR_TEST)
+    end = time.monotonic() + 60
+    while "ways" not in started.listen() and time.monotonic() < end:
+        time.sleep(0.1)
+    tested = judge_ways(started.said.get("ways", {}), topology, hot=2.0)
+    started.orders.send(FLAG_END)
+    return replace(tested[0], reason=tested[0].reason + " (pair test)") if tested else suspicion
+
+
+def _right(injection: Injection, said: Verdict | None) -> bool:
+    if injection.kind == "none":
+        return said is None
+    if said is None or said.kind != MEANS[injection.kind]:
+        return False
+    if injection.kind == "slow_link":
+        return said.link is not None and set(said.link) == {injection.rank, injection.to}
+    return said.ranks == (injection.rank,)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The scores by kind and severity, and the confusion matrix."""
+    rows: dict[tuple[str, float], list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        severity = outcome.injection.severity if outcome.injection.kind in ("straggler", "slow_link") else 0.0
+        rows[outcome.injection.kind, severity].append(outcome)
+    lines = [
+        f"{'injected':22}{'runs':>5}{'right':>7}{'share':>7}{'median s':>10}{'max s':>8}{'max steps':>11}  others, by default"
+    ]
+    for (kind, severity), found in sorted(rows.items()):
+        right = [o for o in found if o.right]
+        name = f"{kind} {severity:g}x" if severity else kind
+        took = [o.seconds for o in right if o.injection.kind != "none"]
+        times = (
+            f"{statistics.median(took):10.1f}{max(took):8.1f}{max(o.steps for o in right):11}" if took else f"{'':29}"
+        )
+        lines.append(
+            f"{name:22}{len(found):5}{len(right):7}{len(right) / len(found):7.0%}{times}  {OTHERS.get(kind, '')}"
+        )
+    lines += ["", "confusion: injected (rows) and first verdict (columns)"]
+    said = sorted({o.kind for o in outcomes})
+    lines.append(f"{'':12}" + "".join(f"{name:>14}" for name in said))
+    counts = Counter((o.injection.kind, o.kind) for o in outcomes)
+    for kind in sorted({o.injection.kind for o in outcomes}):
+        lines.append(f"{kind:12}" + "".join(f"{counts[kind, name]:14}" for name in said))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw, run, score, print."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--injections", type=int, default=200)
+    options.add_argument("--clean", type=int, default=50)
+    options.add_argument("--layouts", default="1x4x1,2x2x1,2x2x2,1x8x1")
+    options.add_argument("--kinds", default=",".join(KINDS))
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--out", type=Path, help="write every outcome here, one JSON object a line")
+    options.add_argument("--verbose", action="store_true")
+    chosen = options.parse_args(argv)
+    kinds = [kind for kind in chosen.kinds.split(",") if kind]
+    if "slow_link" in kinds and (reason := why_not()):
+        print(f"slow_link left out: {reason}")
+        kinds.remove("slow_link")
+    layouts = [Layout.parse(text) for text in chosen.layouts.split(",")]
+    dice = random.Random(chosen.seed)
+    plan = [(layouts[i % len(layouts)], kinds[i // len(layouts) % len(kinds)]) for i in range(chosen.injections)]
+    drawn = [(layout, scenario(dice, layout, kind)) for layout, kind in plan]
+    drawn += [(layouts[i % len(layouts)], Injection("none")) for i in range(chosen.clean)]
+    outcomes = []
+    for number, (layout, injection) in enumerate(drawn):
+        outcome = run(layout, injection, seed=chosen.seed * 1000 + number, verbose=chosen.verbose)
+        outcomes.append(outcome)
+        mark = "right" if outcome.right else "WRONG"
+        print(
+            f"{number + 1:4}/{len(drawn)} {mark} {layout!s:6} {injection.kind} {injection.severity:g}x rank {injection.rank}"
+            f" -> {outcome.kind} {outcome.ranks} after {outcome.seconds:.1f} s, {outcome.steps} steps. {outcome.reason}",
+            flush=True,
+        )
+        if chosen.out:
+            with chosen.out.open("a") as file:
+                file.write(json.dumps(asdict(outcome)) + "\n")
+    print("\n" + table(outcomes))
+
+
+if __name__ == "__main__":
+    main()
