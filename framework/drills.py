@@ -1,0 +1,134 @@
+"""Drills: a run with faults beside its fault-free twin, and what must be true of the two.
+
+    ledger      every sample used exactly once, whatever happened
+    lost        no incident lost more steps than lie between two snapshots
+    status      the run finished, and so did its twin
+    losses      each step's loss within 1e-5 (relative) of the twin's; the held-out loss too
+    state       the same bytes where the layout never changed, else every tensor within 1e-4 of the twin's
+
+Rule of this file: pure, but for reading two run directories and their last checkpoints. It starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fault_tolerance.checkpoint import Checkpoint
+from fault_tolerance.compare import differences
+from fault_tolerance.shelf import newest
+from framework import run_dir
+
+LOSS_RTOL = 1e-5
+STATE_ATOL = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """A named set: overrides of the config, and the faults on top of them."""
+
+    name: str
+    about: str
+    overrides: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One invariant, whether it held, and what was seen."""
+
+    what: str
+    held: bool
+    seen: str
+
+
+BASE = (
+    "model=tiny",
+    "data=synthetic",
+    "optim.num_steps=16",
+    "optim.global_batch=8",
+    "monitor=quiet",
+    "cluster.num_nodes=4",
+    "cluster.workers_per_node=2",
+    "layout.pp=2",
+    "layout.dp=2",
+    "layout.tp=2",
+    "fault_tolerance.tolerate=2",
+    "fault_tolerance.every_steps=2",
+)
+
+DRILLS = (
+    Drill("worker", "a worker is killed and replaced in place", BASE, ("{step: 7, kind: kill_worker, rank: 3, phase: forward}",)),
+    Drill("node", "a node is lost; the rest goes on under another layout", BASE, ("{step: 7, kind: kill_node, node: n1, phase: backward}",)),
+    Drill(
+        "pair",
+        "two nodes are lost at once",
+        BASE,
+        ("{step: 7, kind: kill_node, node: n1, phase: forward}", "{step: 7, kind: kill_node, node: n2, phase: forward}"),
+    ),
+    Drill(
+        "again",
+        "a second node is lost while the first loss is being recovered from",
+        BASE,
+        ("{step: 7, kind: kill_node, node: n1, phase: forward}", "{step: 6, kind: kill_node, node: n3, phase: recovery}"),
+    ),
+    Drill(
+        "spare",
+        "a lost node is replaced by a spare, under the same layout",
+        (*BASE, "cluster.spare_nodes=1", "cluster.max_nodes=5"),
+        ("{step: 7, kind: kill_node, node: n2, phase: optimizer}",),
+    ),
+    Drill("stop", "a worker is stopped (SIGSTOP)", BASE, ("{step: 7, kind: stop_worker, rank: 5, phase: forward}",)),
+    Drill("raise", "a worker raises an error", BASE, ("{step: 7, kind: raise, rank: 2, phase: optimizer}",)),
+)
+
+
+def checks(run: str | Path, twin: str | Path, *, every_steps: int) -> Iterator[Check]:
+    """Every invariant of a run and its twin, from what they left behind."""
+    summary, other = run_dir.summary(run) or {}, run_dir.summary(twin) or {}
+    status = f"{summary.get('status')} and {other.get('status')}"
+    yield Check("status", summary.get("status") == other.get("status") == "finished", status)
+    rows, expected = run_dir.metrics(run), run_dir.metrics(twin)
+    yield _ledger(rows, len(expected))
+    incidents: Sequence[Mapping[str, Any]] = summary.get("incidents", ())
+    lost = max((int(i["steps_lost"]) for i in incidents), default=0)
+    yield Check("lost", lost <= every_steps, f"{lost} steps at most in {len(incidents)} incidents, {every_steps} allowed")
+    yield _losses(rows, expected)
+    same_layout = {row["layout"] for row in rows} == {row["layout"] for row in expected}
+    if same_layout:
+        equal = summary.get("state_sha256") == other.get("state_sha256") is not None
+        yield Check("state", equal, f"sha256 {str(summary.get('state_sha256'))[:16]} and {str(other.get('state_sha256'))[:16]}")
+    else:
+        yield _state(run, twin)
+
+
+def _ledger(rows: Sequence[Mapping[str, Any]], num_steps: int) -> Check:
+    """The rows that counted must cover the samples without gap or overlap."""
+    following = 0
+    for row in rows:
+        first, last = row["samples"]
+        if first != following:
+            return Check("ledger", False, f"step {row['step']} begins at sample {first}, {following} was next")
+        following = last + 1
+    return Check("ledger", len(rows) == num_steps, f"{following} samples, each once, in {len(rows)} of {num_steps} steps")
+
+
+def _losses(rows: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> Check:
+    pairs = [(row["loss"], twin["loss"]) for row, twin in zip(rows, expected, strict=False)]
+    worst = max((abs(a - b) / abs(b) for a, b in pairs), default=float("inf"))
+    return Check("losses", worst <= LOSS_RTOL, f"{worst:.1e} apart at most, {LOSS_RTOL:.0e} allowed")
+
+
+def _state(run: str | Path, twin: str | Path) -> Check:
+    paths = [newest(f"{directory}/checkpoints") for directory in (run, twin)]
+    if None in paths:
+        return Check("state", False, "no checkpoint at the end to compare")
+    a, b = (Checkpoint.open(str(path)) for path in paths)
+    try:
+        worst = max((difference.max_abs for difference in differences(a, b)), default=0.0)
+    finally:
+        a.close()
+        b.close()
+    return Check("state", worst <= STATE_ATOL, f"{worst:.1e} apart at most, {STATE_ATOL:.0e} allowed")
