@@ -15,8 +15,9 @@ from __future__ import annotations
 import statistics
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from parallel.record import Op, Phase, Record, Ring, State
 
@@ -94,60 +95,83 @@ def tail_lost(ring: Ring) -> bool:
 def spans(ring: Ring, *, since_step: int = 0) -> dict[int, StepSpan]:
     """The finished steps of a rank: what lies between a mark of phase TRAIN and the mark that follows it.
 
-    A step that lacks one of its marks is left out. The wait that a missing record would have told is taken from the
-    record at the same place of other steps: give more steps than are asked for by `since_step`, and it is known well.
+    Where a mark is missing, the steps on its two sides get half each of what they took together. The wait that another
+    missing record would have told is taken from the record at the same place of other steps: give more steps than are
+    asked for by `since_step`, and it is known well.
     """
-    records = ring.records
-    marks = [at for at, r in enumerate(records) if r.op == Op.MARK]
-    parts = [
-        (records[a], records[b], records[a + 1 : b])
-        for a, b in zip(marks, marks[1:], strict=False)
-        if records[a].phase == Phase.TRAIN and records[b].step - records[a].step in (0, 1)
-    ]
-    usual = _usual_waits(parts) if any(_lost(*part) for part in parts) else {}
-    waits = _union([(r.wait_ns, r.end_ns or ring.read_ns) for r in records if r.wait_ns])
+    parts = list(_parts(ring.records))
+    usual = _usual_waits(parts) if any(part.lost for part in parts) else {}
+    waits = _union([(r.wait_ns, r.end_ns or ring.read_ns) for r in ring.records if r.wait_ns])
     out: dict[int, StepSpan] = {}
-    for mark, following, between in parts:
-        if mark.step >= since_step:
-            part = _span(ring.rank, mark, following, between, waits, usual)
-            before = out.get(mark.step)
-            out[mark.step] = part if before is None else _add(before, part)
+    for part in parts:
+        for step in range(max(part.step, since_step), part.step + part.steps):
+            share = _span(ring.rank, step, part, waits, usual)
+            before = out.get(step)
+            out[step] = share if before is None else _add(before, share)
     return out
 
 
 Place = tuple[int, int]  # (records of a step, position in it)
+JOINED = 3  # steps that may be counted together because the marks between them are lost
 
 
-def _lost(mark: Record, following: Record, between: Sequence[Record]) -> int:
-    return following.ticket - mark.ticket - 1 - len(between)
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What lies between two neighbouring marks: usually one step, more where marks are lost."""
+
+    start: Record
+    stop: Record
+    between: Sequence[Record]
+
+    @property
+    def step(self) -> int:
+        return self.start.step
+
+    @property
+    def steps(self) -> int:
+        return max(1, self.stop.step - self.start.step)
+
+    @property
+    def length(self) -> int:
+        return self.stop.ticket - self.start.ticket
+
+    @property
+    def lost(self) -> int:
+        return self.length - 1 - len(self.between)
+
+    def place(self, ticket: int) -> Place:
+        length = self.length // self.steps if self.length % self.steps == 0 else self.length
+        return length, (ticket - self.start.ticket) % length
 
 
-def _usual_waits(parts: Sequence[tuple[Record, Record, Sequence[Record]]]) -> dict[Place, float]:
+def _parts(records: Sequence[Record]) -> Iterator[_Part]:
+    marks = [at for at, r in enumerate(records) if r.op == Op.MARK]
+    for a, b in pairwise(marks):
+        part = _Part(records[a], records[b], records[a + 1 : b])
+        together = 0 <= part.stop.step - part.start.step <= (JOINED if part.lost else 1)
+        if together and all(r.phase == Phase.TRAIN for r in (part.start, *part.between)):
+            yield part
+
+
+def _usual_waits(parts: Sequence[_Part]) -> dict[Place, float]:
     waits: dict[Place, list[int]] = defaultdict(list)
-    for mark, following, between in parts:
-        length = following.ticket - mark.ticket
-        for r in between:
-            waits[length, r.ticket - mark.ticket].append(r.end_ns - r.wait_ns if r.wait_ns and r.end_ns else 0)
+    for part in parts:
+        for r in part.between:
+            waits[part.place(r.ticket)].append(r.end_ns - r.wait_ns if r.wait_ns and r.end_ns else 0)
     return {place: statistics.median(values) for place, values in waits.items()}
 
 
 def _span(
-    rank: int,
-    mark: Record,
-    following: Record,
-    between: Sequence[Record],
-    waits: Sequence[tuple[int, int]],
-    usual: Mapping[Place, float],
+    rank: int, step: int, part: _Part, waits: Sequence[tuple[int, int]], usual: Mapping[Place, float]
 ) -> StepSpan:
-    lost = _lost(mark, following, between)
-    duration = following.call_ns - mark.call_ns
-    waited = float(_covered(waits, mark.call_ns, following.call_ns))
-    if lost:
-        length = following.ticket - mark.ticket
-        missing = set(range(1, length)) - {r.ticket - mark.ticket for r in between}
-        waited = min(duration, waited + sum(usual.get((length, at), 0.0) for at in missing))
-    starved = min(max(0, following.bytes - mark.bytes), duration - waited)
-    return StepSpan(rank, mark.step, duration / 1e9, (duration - waited - starved) / 1e9, lost, starved / 1e9)
+    duration = part.stop.call_ns - part.start.call_ns
+    waited = float(_covered(waits, part.start.call_ns, part.stop.call_ns))
+    if part.lost:
+        missing = set(range(part.start.ticket + 1, part.stop.ticket)) - {r.ticket for r in part.between}
+        waited = min(duration, waited + sum(usual.get(part.place(ticket), 0.0) for ticket in missing))
+    starved = min(max(0, part.stop.bytes - part.start.bytes), duration - waited)
+    scale = 1e9 * part.steps
+    return StepSpan(rank, step, duration / scale, (duration - waited - starved) / scale, part.lost, starved / scale)
 
 
 def _add(a: StepSpan, b: StepSpan) -> StepSpan:
