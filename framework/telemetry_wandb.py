@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from framework.checkout import ROOT
 from framework.run_dir import clean
@@ -81,6 +81,8 @@ class WandbSink:
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._child is not None and self._child.stdin is not None
+        if self._child.poll() is not None:
+            raise ConnectionResetError(f"the W&B process ended with code {self._child.returncode}; see {self._log}")
         self._child.stdin.write(json.dumps(clean(message)).encode() + b"\n")
         self._child.stdin.flush()
 
@@ -121,5 +123,14 @@ def _log(run: Any, message: Mapping[str, Any]) -> None:
     run.summary[f"last_{event['kind']}"] = event.get("reason", "")
 
 
+def _own_stdin() -> BinaryIO:
+    """Standard input as a file that W&B's own process does not inherit, so that its end and ours are seen at once."""
+    pipe = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return os.fdopen(pipe, "rb")
+
+
 if __name__ == "__main__":
-    serve(sys.stdin.buffer)
+    serve(_own_stdin())

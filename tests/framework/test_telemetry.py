@@ -224,6 +224,7 @@ def test_wandb_has_every_step_those_that_were_done_again_included(tmp_path):
 
 @pytest.mark.slow
 def test_wandb_killed_in_the_middle_is_started_again_under_the_same_id(tmp_path):
+    """The pipe once looked alive after the child's death, because W&B's own process had inherited its other end."""
     sink = wandb_sink(tmp_path)
     telemetry = Telemetry({"wandb": sink})
     telemetry.step(row(1))
