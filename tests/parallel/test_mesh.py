@@ -11,7 +11,8 @@ import pytest
 
 from tests.parallel.compare import Reference, loss_error, state_error
 from tests.parallel.harness import Pool, wait_until
-from tests.parallel.ranks import Job, alone_in_the_crowd, cut_only_its_own, survive, train
+from tests.parallel.mesh_ranks import alone_in_the_crowd, cut_only_its_own, survive
+from tests.parallel.ranks import Job, train
 
 pytestmark = pytest.mark.slow
 
