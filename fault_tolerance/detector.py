@@ -24,13 +24,14 @@ from fault_tolerance.deadlines import Deadlines, Patience
 from fault_tolerance.hangs import judge_deaths, judge_hangs
 from fault_tolerance.links import Delay, Ends, delays, judge_links, levels, normalised
 from fault_tolerance.mismatches import judge_mismatches
-from fault_tolerance.stragglers import Rule, judge_stragglers, last_step, waits_caused
+from fault_tolerance.stragglers import Rule, against_past, judge_stragglers, last_step, waits_caused
 from fault_tolerance.timeline import StepSpan, clock_offsets, meetings, merge, spans, transfers
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from parallel.record import Op, Phase, Record, Ring, State, decode
 
 SLOW = frozenset({Kind.SLOW_COMPUTE, Kind.SLOW_LINK, Kind.SLOW_ALL, Kind.WANDERING})
 KEPT_STEPS = 200
+CLIP = 3.0  # a single sample says no more than this
 FILL_FROM_STEPS = 16  # older steps that tell what a lost record would have said
 
 
@@ -144,11 +145,11 @@ class Detector:
         common = set.intersection(*(set(u) for u in usable.values())) if usable else set()
         for step in sorted(s for s in common if s > self._fed):
             self._fed = step
-            changes = {r: max(1e-6, u[step].own_s) / max(1e-6, self._levels[r]) for r, u in usable.items()}
+            changes = {r: max(u[step].own_s / max(self._levels[r], 1e-6), 1 / CLIP) for r, u in usable.items()}
             everybody = statistics.median_low(list(changes.values()))
             for rank, change in changes.items():
                 series = self._series.setdefault(rank, _series(self.settings.rule.drift - 1))
-                found = series.add(change / everybody)
+                found = series.add(min(CLIP, max(1 / CLIP, change / everybody)))
                 if found is not None:
                     self._drifted[rank] = self._drifted.get(rank, 1.0) * found.ratio
 
@@ -214,15 +215,18 @@ class Detector:
 
     def _drift(self) -> list[Verdict]:
         """Small but certain: a change point that no window would show, as long as it lasts and costs something."""
-        out = []
-        for rank, ratio in sorted(self._drifted.items()):
-            spans_now = list(self._judgeable(rank).values())[-self.settings.rule.window :]
-            step_s = statistics.median(span.duration_s for span in spans_now)
-            extra_s = statistics.median(span.own_s for span in spans_now) * (1 - 1 / ratio)
-            if ratio >= self.settings.rule.drift and extra_s >= self.settings.rule.impact * step_s:
-                reason = f"rank {rank} on {self.topology.nodes[rank]} drifted to {ratio:.2f} times its own past, others did not"
+        rule, out = self.settings.rule, []
+        drifted = [rank for rank, ratio in sorted(self._drifted.items()) if ratio >= rule.drift]
+        if not drifted:
+            return []
+        seen = {rank: dict(list(self._judgeable(rank).items())[-rule.windows[1] :]) for rank in self.rings}
+        for rank in drifted:
+            m = against_past(rank, seen, self._levels, dict.fromkeys(seen, 0.0), rule.drift)
+            extra_s = m.own_s - m.reference_s if m else 0.0
+            if m and m.ratio >= rule.drift and m.agree >= 0.7 and extra_s >= rule.impact * m.step_s:
                 nodes = self.topology.on([rank])
-                out.append(Verdict(Kind.SLOW_COMPUTE, (rank,), nodes, reason, confidence=0.7, severity=ratio))
+                reason = f"rank {rank} on {nodes[0]} drifted to {m.ratio:.2f} times its own past, others did not"
+                out.append(Verdict(Kind.SLOW_COMPUTE, (rank,), nodes, reason, confidence=0.7, severity=m.ratio))
         return out
 
     def _persistent(self, found: Iterable[Verdict], newest: int) -> list[Verdict]:
@@ -254,7 +258,7 @@ class Detector:
 
 def _series(least: float) -> ChangePoints:
     """Patient: what is large is found by the window long before; a false alarm here would cost a machine."""
-    return ChangePoints(learn=16, least=least, settle=6, sure=0.95)
+    return ChangePoints(learn=16, least=least, settle=8, sure=0.95, sigmas=6.0)
 
 
 def _settled(records: list[Record]) -> list[Record]:

@@ -69,7 +69,7 @@ def judge_hangs(rings: Mapping[int, Ring], topology: Topology, deadline: Callabl
         return _absentees(sure or known, rings, late, topology, deadline, certain=bool(sure))
     if ends:
         return [_stuck_on_wire(wait, topology) for wait in ends]
-    return [_out_of_order(circle, waits, topology)] if circle else []
+    return [_out_of_order(circle, waits, rings, topology)] if circle else []
 
 
 def blocked_in(ring: Ring) -> tuple[Record, float] | None:
@@ -207,15 +207,31 @@ def _stuck_on_wire(wait: Wait, topology: Topology) -> Verdict:
     )
 
 
-def _out_of_order(circle: tuple[int, ...], waits: Mapping[int, Wait], topology: Topology) -> Verdict:
-    """Blames those in the circle who wait elsewhere than most of it: one rank skipped what the others are at."""
+def _out_of_order(
+    circle: tuple[int, ...], waits: Mapping[int, Wait], rings: Mapping[int, Ring], topology: Topology
+) -> Verdict:
+    """Blames those in the circle who do not what they did in the step before; else those who wait where few wait."""
     places = Counter(_place(waits[rank]) for rank in circle)
     usual, votes = places.most_common(1)[0]
-    odd = tuple(rank for rank in circle if _place(waits[rank]) != usual)
-    ranks = odd if votes > len(circle) / 2 else circle
+    few = tuple(rank for rank in circle if _place(waits[rank]) != usual) if votes > len(circle) / 2 else ()
+    new = tuple(rank for rank in circle if _deviates(rings[rank]))
+    ranks = new if 0 < len(new) < len(circle) else few or circle
     evidence = tuple(_wait_line(waits[rank]) for rank in circle)
     reason = f"{_names(circle)} wait for each other in a circle: {_names(ranks)} called operations in another order"
     return Verdict(Kind.MISMATCH, ranks, topology.on(ranks), reason, evidence=evidence, confidence=0.9)
+
+
+def _deviates(ring: Ring) -> bool:
+    """Whether the operations of a rank's running step are not the first ones of its last whole step. False if unknown."""
+    marks = [at for at, r in enumerate(ring.records[-TAIL:]) if r.op == Op.MARK]
+    if len(marks) < 2:
+        return False
+    tail = ring.records[-TAIL:]
+    before, now = tail[marks[-2] : marks[-1]], tail[marks[-1] :]
+    if now[-1].ticket - before[0].ticket + 1 != len(before) + len(now):
+        return False
+    calls = [[(r.group, r.op, r.peer, r.bytes) for r in part if r.op != Op.MARK] for part in (before, now)]
+    return calls[1] != calls[0][: len(calls[1])]
 
 
 def _names(ranks: Iterable[int]) -> str:

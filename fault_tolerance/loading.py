@@ -79,31 +79,26 @@ def load_group(storage: Storage, group: Sequence[Read], targets: Mapping[Piece, 
 class _Scratch:
     """Rows of an extent, laid out from its byte `base` on, for an overlap that is not simply a range of its bytes."""
 
-    read: Read
     place: Array
     memory: Bytes
     base: int
+    overlap: Array
 
     @staticmethod
     def of(read: Read, place: Array) -> _Scratch:
         """Room for the rows that the overlap lies in, and for the units that stick out of them."""
-        first, last = _row_bytes(read, place.itemsize)
+        stored, inner = read.extent.box, read.extent.box.shape[1:]
+        row = place.itemsize * math.prod(inner)
+        first, last = (row * (edge - stored.start[0]) for edge in (read.overlap.start[0], read.overlap.stop[0]))
         low = min(first, int(read.offsets[read.spans[0][0]]))
         high = max(last, int(read.offsets[read.spans[-1][1]]))
-        return _Scratch(read, place, np.empty(high - low, np.uint8), low)
+        memory = np.empty(high - low, np.uint8)
+        rows = memory[first - low : last - low].view(place.dtype).reshape(-1, *inner)
+        return _Scratch(place, memory, low, rows[(slice(None), *read.overlap.within(stored)[1:])])
 
     def cut(self) -> None:
         """Copy the overlap out of the rows, once they are filled."""
-        first, last = _row_bytes(self.read, self.place.itemsize)
-        rows = self.memory[first - self.base : last - self.base].view(self.place.dtype)
-        inner = self.read.overlap.within(self.read.extent.box)[1:]
-        self.place[...] = rows.reshape(-1, *self.read.extent.box.shape[1:])[(slice(None), *inner)]
-
-
-def _row_bytes(read: Read, width: int) -> tuple[int, int]:
-    """The bytes of the extent's rows that the overlap lies in."""
-    row, origin = width * math.prod(read.extent.box.shape[1:]), read.extent.box.start[0]
-    return row * (read.overlap.start[0] - origin), row * (read.overlap.stop[0] - origin)
+        np.copyto(self.place, self.overlap)
 
 
 def _place(read: Read, target: Array) -> Array:

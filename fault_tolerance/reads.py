@@ -93,10 +93,10 @@ def _reads_of(index: Index, piece: Piece) -> Iterator[Read]:
 
 def _slabs(overlap: Box, stored: Box, offsets: Offsets, width: int) -> Iterator[Box]:
     """The overlap in slabs of rows that end where units end."""
-    row = width * math.prod(stored.shape[1:])
-    if overlap.size * width <= SLAB_BYTES or not overlap.shape:
+    if offsets[-1] <= SLAB_BYTES or not overlap.start:
         yield overlap
         return
+    row = width * math.prod(stored.shape[1:])
     start, stop = (edge - stored.start[0] for edge in (overlap.start[0], overlap.stop[0]))
     edges = offsets[offsets % row == 0] // row
     low = start

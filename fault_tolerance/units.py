@@ -11,8 +11,9 @@
         |     |    |    |     |
 
 A rank of a layout with the degrees below finds its rows and columns to be whole units; one with another degree, such
-as dp 11, reads a unit too much at each end. Parts under 2 KiB are not worth a hash: a norm is one unit. So what is
-read, hashes included, is within 2% of what is needed.
+as dp 11, reads a unit too much at each end. Parts under 2 KiB are not worth a hash of their own (a norm is one unit),
+and parts of a tensor under 64 KiB not a band. So what is read, hashes included, is within 2% of what is needed, for
+models large enough that it matters.
 
 Rule of this file: pure, and part of the format: a change of it is a new version of the format.
 """
@@ -34,7 +35,7 @@ from parallel.boxes import Box, chunk
 MIN_UNIT_BYTES, MAX_UNIT_BYTES, UNITS_PER_EXTENT = 4 << 10, 1 << 20, 1024
 BAND_DEGREES = (2, 3, 4, 6, 8, 16)
 ROW_DEGREES = (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
-MIN_PART_BYTES = 2 << 10
+MIN_PART_BYTES, MIN_BAND_BYTES = 2 << 10, 64 << 10
 
 Offsets = NDArray[np.int64]
 
@@ -45,7 +46,7 @@ def bands(spec: TensorSpec, box: Box) -> list[Box]:
     if not dim:  # not cut by tp, or cut along rows
         return [box]
     low, high = box.start[dim], box.stop[dim]
-    most = math.prod(spec.shape) * item_bytes(spec.dtype) // MIN_PART_BYTES
+    most = math.prod(spec.shape) * item_bytes(spec.dtype) // MIN_BAND_BYTES
     inside = (edge for edge in _cuts(spec.shape[dim], [d for d in BAND_DEGREES if d <= most]) if low < edge < high)
     edges = [low, *inside, high]
     return [box.cut(dim, a - low, b - low) for a, b in pairwise(edges)]

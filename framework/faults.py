@@ -7,10 +7,9 @@ A fault fires once in the life of a run, however often its step is done again: w
 
     forward  backward  optimizer  staging  encode  transfer      and  recovery: while state is being restored
 
-`forward` and `backward` fire from a timer inside the pass (a tenth and seven tenths into the last one's
-duration), `staging`, `encode` and `transfer` just after the copy, the coding or the exchange of that step's snapshot
-has begun, the others where their name says. The kinds that act on bytes or links are carried out by the
-controller's shell; those that act on processes are carried out here, by the victim itself.
+`forward` and `backward` fire from a timer inside the pass (a tenth and seven tenths into the last one's duration),
+`staging` just before that step's snapshot begins, `encode` and `transfer` as soon as it has, the others where their
+name says. Each is carried out by the victim itself.
 
 Rule of this file: it hurts processes, and knows nothing of training.
 """
@@ -32,20 +31,7 @@ import psutil
 from framework.machines import Machines
 
 PHASES = ("forward", "backward", "optimizer", "staging", "encode", "transfer", "recovery")
-KINDS = (
-    "kill_worker",
-    "kill_node",
-    "kill_vault",
-    "stop_worker",
-    "hang",
-    "slow_worker",
-    "slow_link",
-    "partition",
-    "corrupt_block",
-    "raise",
-    "nan",
-    "preempt",
-)
+KINDS = ("kill_worker", "kill_node", "stop_worker", "hang", "slow_worker", "raise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +84,10 @@ class FaultInjector:
         rank: int,
         node: str,
         leads_node: bool,
-        act: dict[str, Callable[[Fault], None]],
     ) -> None:
         mine = [(i, f) for i, f in enumerate(faults) if f.rank == rank or (f.node == node and leads_node)]
         self._armed = [(i, f) for i, f in mine if not (directory / str(i)).exists()]
         self._directory = directory
-        self._act = _PROCESS_ACTS | act
         self.delay_s = 0.0  # what `slow_worker` adds to every step
 
     def at(self, step: int, phase: str, *, expected_s: float = 0.0) -> None:
@@ -113,7 +97,7 @@ class FaultInjector:
                 continue
             self._armed.remove((index, fault))
             share = {"forward": 0.1, "backward": 0.7}.get(phase)
-            if share is None or fault.kind in ("raise", "hang", "slow_worker", "nan"):
+            if share is None or fault.kind in ("raise", "hang", "slow_worker"):
                 self._fire(index, fault)
             else:
                 threading.Timer(share * expected_s, self._fire, (index, fault)).start()
@@ -131,7 +115,7 @@ class FaultInjector:
         if fault.kind == "slow_worker":
             self.delay_s = fault.severity
             return
-        self._act[fault.kind](fault)
+        _ACTS[fault.kind](fault)
 
 
 def kill_tree(root: psutil.Process) -> None:
@@ -177,7 +161,7 @@ def _raise(fault: Fault) -> None:
     raise InjectedError(f"drill: fault raised on purpose at step {fault.step}, phase {fault.phase}")
 
 
-_PROCESS_ACTS: dict[str, Callable[[Fault], None]] = {
+_ACTS: dict[str, Callable[[Fault], None]] = {
     "kill_worker": _kill_worker,
     "stop_worker": _stop_worker,
     "kill_node": _kill_node,

@@ -205,20 +205,26 @@ class Journal:
         elif self._open is not None:
             self._recovered(float(row["step_time_s"]))
         self._stepped.add(plan.generation)
+        self._conclude(plan)
         self._tell({"row": dict(row)})
 
     def _restored(self, rank: int, recovery: Recovery, plan: Plan) -> None:
         self._recoveries[rank] = recovery
         if len(self._recoveries) == plan.layout.world and self._open is not None:
             self._open.restored(list(self._recoveries.values()))
+        self._conclude(plan)
 
     def _recovered(self, first_step_s: float) -> None:
-        """The first new step: the incident is over."""
+        """The first new step has been taken."""
         assert self._open is not None
         self._open.first_step_s = first_step_s
         self._open.total_s = time.monotonic() - self._opened + self._open.detect_s
-        kind = "resized" if self._open.layout_before != self._open.layout_after else "recovered"
-        self._close_incident(kind)
+
+    def _conclude(self, plan: Plan) -> None:
+        """The incident is over when a new step was taken and every rank has told how it got its state."""
+        if self._open is None or not self._open.total_s or len(self._recoveries) < plan.layout.world:
+            return
+        self._close_incident("resized" if self._open.layout_before != self._open.layout_after else "recovered")
 
     def _close_incident(self, kind: str = "trouble") -> None:
         incident, self._open = self._open, None

@@ -34,6 +34,7 @@ from framework.nodes import DOMAIN_LABEL, ClusterError
 from framework.raylets import FIRST_JOB, HEAD, HEAD_IP, HERE, environment, gcs_command, template, zygote_command
 
 PREFIX = "holdfast-"
+SHM = Path("/dev/shm")
 ENTERED = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", CONTROL)
 MAX_FOLDER_CHARS = 60  # AF_UNIX paths end at 107
 T = TypeVar("T")
@@ -143,7 +144,7 @@ class LocalCluster:
         except subprocess.TimeoutExpired:
             self._warden.kill()
             self._warden.wait()
-        for folder in (self.folder, _shm(self.folder)):
+        for folder in (self.folder, SHM / self.folder.name):
             shutil.rmtree(folder, ignore_errors=True)
         for name, value in self._outside.items():
             os.environ.pop(name, None)
@@ -163,7 +164,9 @@ class LocalCluster:
 
     @classmethod
     def _open_warden(cls, preload: Sequence[str], began: float) -> LocalCluster:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_base()))
+        shm = Path(tempfile.mkdtemp(prefix=PREFIX, dir=SHM))
+        folder = Path(_base()) / shm.name
+        folder.mkdir(mode=0o700)
         head_id = os.urandom(28).hex()
         for name in ("empty", "logs"):
             (folder / name).mkdir()
@@ -171,13 +174,13 @@ class LocalCluster:
         (folder / "token").chmod(0o600)
         spec = {
             "dir": str(folder),
-            "shm": str(_shm(folder)),
+            "shm": str(shm),
             "env": environment(folder),
             "gcs": gcs_command(folder, head_id),
             "zygote_env": {"RAY_JOB_ID": FIRST_JOB},
             "zygote": zygote_command(folder, preload, f"{__name__}:after_fork"),
         }
-        with _lease(folder) as lease:
+        with _lease(shm, folder) as lease:
             warden = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(HERE / "warden.py")], stdin=subprocess.PIPE, cwd="/",
                 start_new_session=True, pass_fds=(lease.fileno(),),
@@ -215,9 +218,9 @@ def after_fork() -> None:
 def reap_dead() -> tuple[str, ...]:
     """Remove what clusters left whose warden was killed. Never touches a living one's. Returns the removed folders."""
     removed = []
-    for folder in Path(_base()).glob(PREFIX + "*"):
+    for shm in SHM.glob(PREFIX + "*"):
         try:
-            lease = (folder / "lease").open("r+")
+            lease = (shm / "lease").open("r+")
         except OSError:
             continue  # being made, or somebody else's
         with lease:
@@ -225,22 +228,22 @@ def reap_dead() -> tuple[str, ...]:
                 fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 continue  # alive
-            shutil.rmtree(_shm(folder), ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = Path(lease.read())
+            if folder.name == shm.name:
+                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(shm, ignore_errors=True)
             removed.append(str(folder))
     return tuple(removed)
 
 
-def _lease(folder: Path) -> IO[str]:
-    """A locked file, which the warden inherits: while it lives, so does the lock, and no other start takes the folder for dead."""
-    lease = (folder / "lease.new").open("w")
+def _lease(shm: Path, folder: Path) -> IO[str]:
+    """A locked file, which the warden inherits: while it lives, so does the lock, and no other start takes the cluster for dead."""
+    lease = (shm / "lease.new").open("w")
     fcntl.flock(lease, fcntl.LOCK_EX)
-    (folder / "lease.new").rename(folder / "lease")
+    lease.write(str(folder))
+    lease.flush()
+    (shm / "lease.new").rename(shm / "lease")
     return lease
-
-
-def _shm(folder: Path) -> Path:
-    return Path("/dev/shm") / folder.name
 
 
 def _base() -> str:

@@ -169,14 +169,24 @@ def options(wish: Wish, situation: Situation) -> tuple[Option, ...]:
     warm = sum(min(p.warm, p.slots) for p in places)
     found = [_option("as configured", layout, slots, warm, wish, situation) for layout in _asked(wish, slots)]
     if not found or wish.layout is None:
-        best = _fastest(situation.candidates(slots), situation)
+        best = _fastest(situation.candidates(slots), wish, situation)
         if best is not None:
             found.append(_option("use all that lives", best, slots, warm, wish, situation))
     if 0 < warm < slots:
-        best = _fastest(situation.candidates(warm), situation)
+        best = _fastest(situation.candidates(warm), wish, situation)
         if best is not None:
             found.append(_option("use only what is warm", best, slots, warm, wish, situation))
     return tuple(sorted(found, key=lambda option: -option.useful))
+
+
+def expected_s(layout: Layout, wish: Wish, situation: Situation) -> float:
+    """The step time to reckon with. Where a layout was asked for, nothing with fewer workers is believed to be faster
+    per worker than that: whoever asked knows the machines better than a cost model does.
+    """
+    predicted = situation.predict(layout)
+    if wish.layout is None or layout == wish.layout:
+        return predicted
+    return max(predicted, situation.predict(wish.layout) * wish.layout.world / layout.world)
 
 
 def choose(scored: Sequence[Option]) -> Option:
@@ -205,7 +215,7 @@ def worth_growing(plan: Plan, wish: Wish, situation: Situation) -> Option | None
     best = next(iter(options(wish, situation)), None)
     if best is None or best.layout.world <= plan.layout.world:
         return None
-    now = wish.horizon_s / max(situation.predict(plan.layout), 1e-9)
+    now = wish.horizon_s / max(expected_s(plan.layout, wish, situation), 1e-9)
     return best if best.useful > now * (1 + HYSTERESIS) else None
 
 
@@ -213,13 +223,13 @@ def _asked(wish: Wish, slots: int) -> list[Layout]:
     return [wish.layout] if wish.layout is not None and wish.layout.world <= slots else []
 
 
-def _fastest(layouts: Sequence[Layout], situation: Situation) -> Layout | None:
-    """The layout with the least predicted step time; equals are ordered by (fewer stages, less tp)."""
-    return min(layouts, key=lambda c: (situation.predict(c), c.pp, c.tp), default=None)
+def _fastest(layouts: Sequence[Layout], wish: Wish, situation: Situation) -> Layout | None:
+    """The layout with the least expected step time; equals by what is predicted of them alone, then by simplicity."""
+    return min(layouts, key=lambda c: (expected_s(c, wish, situation), situation.predict(c), c.pp, c.tp), default=None)
 
 
 def _option(name: str, layout: Layout, slots: int, warm: int, wish: Wish, situation: Situation) -> Option:
-    step_s = situation.predict(layout)
+    step_s = expected_s(layout, wish, situation)
     delay = wish.muster_s + (wish.start_worker_s if layout.world > warm else 0.0)
     return Option(name, layout, step_s, delay, max(0.0, wish.horizon_s - delay) / max(step_s, 1e-9))
 

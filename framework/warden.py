@@ -52,7 +52,6 @@ class Warden:
         self.template: dict[str, Any] = {}
         self.ending = False
         (self.book / "exits").mkdir(parents=True)
-        self.shm.mkdir(mode=0o700)
         self.forks = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.forks.bind(str(self.dir / "zygote"))
         self.forks.listen(256)
@@ -144,8 +143,8 @@ class Warden:
             _signal_all(rest, signal.SIGKILL)
             time.sleep(0.01)
             self._reap(respawn=False)
-        shutil.rmtree(self.shm, ignore_errors=True)
         shutil.rmtree(self.dir, ignore_errors=True)
+        shutil.rmtree(self.shm, ignore_errors=True)  # last, for the lease in it tells the next start of whatever is left
 
     def _answer(self, control: socket.socket) -> None:
         channel, _ = control.accept()

@@ -243,7 +243,6 @@ class Worker:
             rank=rank,
             node=self._node,
             leads_node=plan.ranks_on(self._node)[0] == rank,
-            act=order.get("acts", {}),
         )
 
     def _store(self, address: tuple[str, int]) -> Store:

@@ -100,7 +100,7 @@ def test_growing_needs_a_gain_above_the_hysteresis() -> None:
     option = worth_growing(plan, WISH, situation(places(4)))
     assert option is not None and option.layout == Layout(2, 2, 2)
     flat = situation(places(4), predict=lambda layout: 1.0)
-    assert worth_growing(plan, WISH, flat) is None
+    assert worth_growing(plan, replace(WISH, layout=None), flat) is None
     assert worth_growing(plan, WISH, situation(places(3))) is None
 
 
@@ -109,3 +109,10 @@ def test_seats_follow_the_bytes_that_nodes_already_hold() -> None:
     wanted = {"n0": 3, "n1": 1, "n2": 2, "n3": 0}
     plan = make_plan("r", WISH, situation(places(4), overlap=lambda layout, node, ranks: int(ranks.start // 2 == wanted[node])))
     assert plan.nodes == ("n3", "n1", "n2", "n0")
+
+
+def test_a_layout_that_was_asked_for_is_not_outbid_by_a_smaller_one() -> None:
+    """A worker was killed; the cost model thought half of the workers to be faster than all, and did not replace it."""
+    found = (*places(3), Place("n3", 2, "n3", warm=1))
+    smaller_is_faster = situation(found, predict=lambda layout: float(layout.world))
+    assert make_plan("r", WISH, smaller_is_faster).layout == Layout(2, 2, 2)
