@@ -1,0 +1,88 @@
+"""Faults on demand: each fires once, where it should, and for real."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from framework.faults import Fault, FaultInjector, InjectedError, claim
+
+
+def injector(faults: Sequence[Fault], directory: Path, *, rank: int = 0, leads: bool = True) -> FaultInjector:
+    return FaultInjector(faults, directory=directory, rank=rank, node="n0", leads_node=leads)
+
+
+def exit_code(work: Callable[[], None]) -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(10.0)
+    return process.exitcode
+
+
+def test_a_fault_is_claimed_by_one_process_only(tmp_path: Path) -> None:
+    assert claim(tmp_path / "drill", 0)
+    assert not claim(tmp_path / "drill", 0)
+    assert claim(tmp_path / "drill", 1)
+
+
+def test_a_fault_fires_at_its_step_and_phase_and_never_again(tmp_path: Path) -> None:
+    fault = Fault(step=3, kind="raise", phase="optimizer", rank=0)
+    first = injector([fault], tmp_path)
+    first.at(3, "forward")
+    first.at(2, "optimizer")
+    with pytest.raises(InjectedError, match="step 3, phase optimizer"):
+        first.at(3, "optimizer")
+    first.at(3, "optimizer")
+    injector([fault], tmp_path).at(3, "optimizer")  # the step is done again after a recovery
+
+
+def test_a_fault_of_a_node_is_fired_by_its_lowest_rank(tmp_path: Path) -> None:
+    fault = Fault(step=1, kind="raise", phase="staging", node="n0")
+    injector([fault], tmp_path, rank=5, leads=False).at(1, "staging")
+    with pytest.raises(InjectedError):
+        injector([fault], tmp_path, rank=4).at(1, "staging")
+
+
+def test_a_fault_of_recovery_waits_until_the_run_has_come_that_far(tmp_path: Path) -> None:
+    faults = injector([Fault(step=5, kind="raise", phase="recovery", rank=0)], tmp_path)
+    faults.recovering(4)
+    with pytest.raises(InjectedError):
+        faults.recovering(5)
+
+
+def test_a_killed_worker_is_gone_by_sigkill(tmp_path: Path) -> None:
+    def work() -> None:
+        injector([Fault(step=1, kind="kill_worker", phase="optimizer", rank=0)], tmp_path).at(1, "optimizer")
+
+    assert exit_code(work) == -signal.SIGKILL
+
+
+def test_a_fault_inside_a_pass_fires_from_a_timer(tmp_path: Path) -> None:
+    def work() -> None:
+        injector([Fault(step=1, kind="kill_worker", phase="backward", rank=0)], tmp_path).at(1, "backward", expected_s=0.3)
+        time.sleep(5.0)
+        os._exit(0)
+
+    began = time.monotonic()
+    assert exit_code(work) == -signal.SIGKILL
+    assert time.monotonic() - began > 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"kind": "explode", "rank": 0}, "drill.faults.kind: must be one of kill_worker"),
+        ({"kind": "raise", "rank": 0, "phase": "lunch"}, "drill.faults.phase: must be one of forward"),
+        ({"kind": "raise"}, "exactly one of rank and node"),
+        ({"kind": "raise", "rank": 0, "node": "n0"}, "exactly one of rank and node"),
+    ],
+)
+def test_a_fault_that_cannot_happen_is_refused(words: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Fault(step=1, **words)  # type: ignore[arg-type]
