@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -98,13 +99,13 @@ class Bench:
 
     def save_dcp(self) -> None:
         """`dcp.save`: all of it is stall."""
-        dcp.save(self._dtensors(), checkpoint_id=self.folder / "dcp")
+        save(self._dtensors(), checkpoint_id=self.folder / "dcp")
 
     def save_dcp_async(self) -> float:
         """`dcp.async_save` with a reused stager, as cheap as it goes on a CPU; durable when its future is done."""
         start = time.perf_counter()
         place = self.folder / "dcp_async"
-        future = dcp.async_save(
+        future = async_save(
             self._dtensors(), checkpoint_id=place, async_stager=self.stager, process_group=self.background
         )
         if not isinstance(future, torch.futures.Future) and hasattr(future, "staging_completion"):
@@ -118,7 +119,7 @@ class Bench:
 
     def load_dcp(self) -> None:
         """`dcp.load` into the same tensors."""
-        dcp.load(self._dtensors(), checkpoint_id=self.folder / "dcp")
+        load(self._dtensors(), checkpoint_id=self.folder / "dcp")
 
     def needed(self) -> int:
         """Bytes of this rank's pieces."""
