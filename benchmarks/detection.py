@@ -76,11 +76,19 @@ def scenario(dice: random.Random, layout: Layout, kind: str) -> Injection:
     if kind == "straggler":
         return Injection(kind, rank, step, dice.choice(SEVERITIES))
     if kind == "slow_link":
-        others = [
-            r for r in range(layout.world) if r != rank and sum(map(_differs, layout.seat(r), layout.seat(rank))) == 1
-        ]
-        return Injection(kind, rank, step, dice.choice(list(RATES)), dice.choice(others))
+        return Injection(kind, rank, step, dice.choice(list(RATES)), dice.choice(neighbours(layout, rank)))
     return Injection(kind, rank, step)
+
+
+def neighbours(layout: Layout, rank: int) -> list[int]:
+    """The ranks to which training really sends: the next one of its pipeline, and of the rings of dp and tp."""
+    seat, out = layout.seat(rank), []
+    for axis, degree in enumerate((layout.pp, layout.dp, layout.tp)):
+        place = list(seat)
+        place[axis] = seat[axis] + 1 if axis == 0 else (seat[axis] + 1) % degree
+        if degree > 1 and place[axis] < degree:
+            out.append(layout.rank(*place))
+    return out or [rank - layout.dp * layout.tp]
 
 
 def run(layout: Layout, injection: Injection, *, seed: int, verbose: bool = False) -> Outcome:
@@ -101,6 +109,7 @@ def _run(layout: Layout, injection: Injection, seed: int, hosts: Hosts | None, v
             time.sleep(LOOK_EVERY_S)
             if hosts and onset_s is None and detector.step >= injection.step:
                 hosts.slow_way(injection.rank, injection.to, RATES[injection.severity])
+                hosts.slow_way(injection.to, injection.rank, RATES[injection.severity])
                 onset_s = time.monotonic()
             found = detector.observe(started.observed())
             said = started.listen()
@@ -123,10 +132,6 @@ def _run(layout: Layout, injection: Injection, seed: int, hosts: Hosts | None, v
         detector.step - injection.step if first and injection.kind != "none" else 0,
         first.reason if first else "",
     )
-
-
-def _differs(a: int, b: int) -> bool:
-    return a != b
 
 
 def _pair_tested(started: Crew, suspicion: Verdict, topology: Topology) -> Verdict:

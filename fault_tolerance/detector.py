@@ -24,7 +24,7 @@ from fault_tolerance.deadlines import Deadlines, Patience
 from fault_tolerance.hangs import judge_deaths, judge_hangs
 from fault_tolerance.links import Delay, Ends, delays, judge_links, levels, normalised
 from fault_tolerance.mismatches import judge_mismatches
-from fault_tolerance.stragglers import Rule, against_past, judge_stragglers, last_step, waits_caused
+from fault_tolerance.stragglers import LEARNT_STEPS, Rule, against_past, judge_stragglers, last_step, waits_caused
 from fault_tolerance.timeline import StepSpan, clock_offsets, meetings, merge, spans, transfers
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from parallel.record import Op, Phase, Record, Ring, State, decode
@@ -41,7 +41,7 @@ class Settings:
     `persist` windows that differ; a stopped process is named after `stopped_s`, an unreadable machine after `silent_s`."""
 
     warm_up_steps: int = 3
-    learn_steps: int = 8
+    learn_steps: int = LEARNT_STEPS
     persist: int = 3
     stopped_s: float = 1.0
     silent_s: float = 4.0

@@ -25,6 +25,7 @@ from fault_tolerance.timeline import Meeting, StepSpan
 from fault_tolerance.verdict import Kind, Topology, Verdict
 
 Spans = Mapping[int, Mapping[int, StepSpan]]  # by rank and step
+LEARNT_STEPS = 8  # that a level is the median of
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +109,17 @@ def _slow(
     rule: Rule,
     least: float,
 ) -> dict[int, Measure]:
-    peers = [m for rank in seen if (m := against_peers(rank, seen, topology, noise, least))]
-    past = [m for rank in seen if (m := against_past(rank, seen, levels, noise, least))]
-    slow = {m.rank: m for m in past if _too_slow(m, rule, least) and _not_the_work(m.rank, past, topology, rule, least)}
-    return slow | {m.rank: m for m in peers if _too_slow(m, rule, least)}
+    """The ranks that are too slow. What is little must show against peers, where there are any, and past alike."""
+    peers = {rank: m for rank in seen if (m := against_peers(rank, seen, topology, noise, least))}
+    past = {rank: m for rank in seen if (m := against_past(rank, seen, levels, noise, least))}
+    by_peers = {r for r, m in peers.items() if _too_slow(m, rule, least)}
+    by_past = {
+        r for r, m in past.items() if _too_slow(m, rule, least) and _not_the_work(r, past, topology, rule, least)
+    }
+    if least < rule.ratio:
+        found = {r for r in by_past if r in by_peers or r not in peers}
+        return {r: past[r] for r in found}
+    return {r: peers[r] if r in by_peers else past[r] for r in by_peers | by_past}
 
 
 def last_step(spans: Spans) -> int:
@@ -164,6 +172,7 @@ def against_past(
         each[step] = levels[rank] * statistics.median_low(changes)
     everybody = statistics.median_low([_own_s(seen[r]) / levels[r] for r in known])
     error = _error(rank, [r for r in known if r != rank], seen, noise)
+    error *= math.sqrt(1 + len(seen[rank]) / LEARNT_STEPS)  # the level is a median, too
     return _measure(rank, levels[rank] * everybody, each, seen[rank], error, least, "its own past")
 
 
@@ -216,10 +225,10 @@ def _too_slow(m: Measure, rule: Rule, least: float) -> bool:
     return math.log(m.ratio) >= rule.sigmas * m.error
 
 
-def _not_the_work(rank: int, past: Sequence[Measure], topology: Topology, rule: Rule, least: float) -> bool:
+def _not_the_work(rank: int, past: Mapping[int, Measure], topology: Topology, rule: Rule, least: float) -> bool:
     """False where a stage that spans machines got slower as a whole: then its work changed, not a machine."""
     stage = (rank, *topology.peers(rank))
-    slower = [m.rank for m in past if m.rank in stage and _too_slow(m, rule, least)]
+    slower = [r for r in stage if r in past and _too_slow(past[r], rule, least)]
     return len(slower) < len(stage) or len(topology.on(stage)) == 1
 
 
