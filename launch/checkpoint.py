@@ -180,13 +180,15 @@ def prune(options: argparse.Namespace) -> int:
     )
     for verdict in verdicts:
         print(f"step {verdict.step}: {'kept' if verdict.keep else 'removed'}, {verdict.reason}")
+    sweeps = options.torn or not _may_be_saving(options.path, root)
     for step in torn(root):
-        print(f"step {step}: removed, never committed")
+        print(f"step {step}: {'removed' if sweeps else 'left, the run may be writing it (--torn)'}, never committed")
     if options.dry_run:
         print("dry run: nothing was removed")
         return OK
     remove(root, [verdict.step for verdict in verdicts if not verdict.keep])
-    sweep(root)
+    if sweeps:
+        sweep(root)
     return OK
 
 
@@ -245,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--keep-last", type=int, default=2, help="the newest")
     one.add_argument("--keep-every", type=int, default=0, help="every step that this divides")
     one.add_argument("--keep-best", type=int, default=0, help="those with the lowest validation loss")
+    one.add_argument("--torn", action="store_true", help="what was never committed too, though the run has not ended")
     one.add_argument("--dry-run", action="store_true", help="only say what would go")
     one = tool("save", save)
     one.add_argument("run_path", metavar="RUN")
@@ -264,6 +267,12 @@ def _shelf(path: str) -> str:
     if INDEX in open_storage(path).sizes():
         return path.rstrip("/").rpartition("/")[0] or "."
     return path
+
+
+def _may_be_saving(path: str, root: str) -> bool:
+    """Whether these are the checkpoints of a run that did not say that it ended."""
+    runs = [run for run in (Path(path), Path(root).parent) if (run / "config.yaml").is_file()]
+    return any(run_dir.summary(run) is None for run in runs)
 
 
 def _adaptor(name: str) -> Any:

@@ -112,6 +112,8 @@ def test_prune_keeps_what_the_rules_say(run: Path, capsys: pytest.CaptureFixture
     assert "step 10: kept, among the lowest losses" in capsys.readouterr().out
     assert _call("prune", run, "--keep-last", 1, "--keep-best", 1) == 0
     assert list(checkpoints(str(run / "checkpoints"))) == [10, 15]
+    assert (run / "checkpoints" / "step_000020").exists(), "the run may be writing it"
+    assert _call("prune", run / "checkpoints", "--torn") == 0
     assert not (run / "checkpoints" / "step_000020").exists()
 
 
