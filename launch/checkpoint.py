@@ -18,17 +18,15 @@ Rule of this file: arguments in, lines and an exit code out.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from fault_tolerance.checkpoint import INDEX, Checkpoint
@@ -39,6 +37,7 @@ from fault_tolerance.shelf import checkpoints, locate, remove, step_name, sweep,
 from fault_tolerance.storage import StorageError, open_storage
 from fault_tolerance.verify import DamageError
 from framework import run_dir
+from framework.byte_bar import byte_bar, readable
 from parallel.layout import Layout
 
 FORMATS = ("deepspeed", "dcp", "huggingface", "ranks")
@@ -84,14 +83,16 @@ def show(options: argparse.Namespace) -> int:
         print(json.dumps(checkpoint.extra, indent=2))
         return OK
     size, files = checkpoint.index.num_bytes, len(checkpoint.index.shards)
-    print(f"{checkpoint.path}: step {checkpoint.step}, {len(checkpoint.specs)} tensors, {_size(size)} in {files} files")
+    print(
+        f"{checkpoint.path}: step {checkpoint.step}, {len(checkpoint.specs)} tensors, {readable(size)} in {files} files"
+    )
     for key, value in checkpoint.extra.items():
         print(f"  {key}: {json.dumps(value) if not isinstance(value, dict) else f'{len(value)} keys (--json)'}")
     for spec in checkpoint.specs if options.tensors else ():
         pieces = len(checkpoint.index.extents[spec.name])
         print(f"  {spec.name}  {'x'.join(map(str, spec.shape)) or 'scalar'}  {spec.dtype}  in {pieces} pieces")
     if options.digest:
-        with _progress("digest", size) as advance:
+        with byte_bar("digest", size) as advance:
             print(f"  state_sha256: {checkpoint.state_sha256(progress=advance)}")
     return OK
 
@@ -112,7 +113,7 @@ def verify(options: argparse.Namespace) -> int:
 def diff(options: argparse.Namespace) -> int:
     """`diff`: what differs between two checkpoints."""
     a, b = _open(options.a), _open(options.b)
-    with _progress("compare", a.index.num_bytes + b.index.num_bytes) as advance:
+    with byte_bar("compare", a.index.num_bytes + b.index.num_bytes) as advance:
         tensors = list(differences(a, b, progress=advance))
     keys = [row for row in changed_keys(a.extra, b.extra) if row[0] != "saved_at"]
     for difference in tensors:
@@ -132,7 +133,7 @@ def export(options: argparse.Namespace) -> int:
     if options.format == "ranks" and options.table is None:
         raise ValueError("export: ranks must be given --table FILE, which says how its ranks hold the tensors")
     more = {"huggingface": {"dtype": options.dtype}, "ranks": {"table": options.table}}.get(options.format, {})
-    with _progress("export", checkpoint.index.num_bytes // (3 if options.format == "huggingface" else 1)) as advance:
+    with byte_bar("export", checkpoint.index.num_bytes // (3 if options.format == "huggingface" else 1)) as advance:
         _adaptor(options.format).export(checkpoint, target, progress=advance, **more)
     print(f"exported step {checkpoint.step} as {options.format}: {target}")
     return OK
@@ -147,7 +148,7 @@ def import_(options: argparse.Namespace) -> int:
     total = sum(lazy.num_bytes for lazy in foreign.tensors.values())
     from framework.interop import store
 
-    with _progress("import", total) as advance:
+    with byte_bar("import", total) as advance:
         checkpoint = store(foreign, target, progress=advance)
     print(f"imported step {checkpoint.step}: {target}\ngo on from it with: holdfast train resume={target}")
     return OK
@@ -161,7 +162,7 @@ def reshape_(options: argparse.Namespace) -> int:
     else:
         pieces = pieces_of_files(source.specs, options.files)
     target = f"{options.target.rstrip('/')}/{step_name(source.step)}"
-    with _progress("reshape", source.index.num_bytes) as advance:
+    with byte_bar("reshape", source.index.num_bytes) as advance:
         reshape(source, target, pieces, layout=options.layout, progress=advance)
     print(f"reshaped into {len(pieces)} files: {target}")
     return OK
@@ -282,7 +283,7 @@ def _adaptor(name: str) -> Any:
 def _row(checkpoint: Checkpoint) -> tuple[str, str, str, str]:
     saved = checkpoint.extra.get("saved_at")
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(saved)) if saved is not None else ""
-    size, files = _size(checkpoint.index.num_bytes), str(len(checkpoint.index.shards))
+    size, files = readable(checkpoint.index.num_bytes), str(len(checkpoint.index.shards))
     return when, size, files, str(checkpoint.extra.get("layout", ""))
 
 
@@ -299,24 +300,5 @@ def _verify(path: str) -> list[Any]:
         checkpoint = Checkpoint.open(path)
     except ValueError as error:
         return [error]
-    with _progress("verify", sum(shard.num_bytes for shard in checkpoint.index.shards)) as advance:
+    with byte_bar("verify", sum(shard.num_bytes for shard in checkpoint.index.shards)) as advance:
         return list(checkpoint.verify(progress=advance))
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.4g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on a terminal; silent elsewhere."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda num_bytes: bar.advance(task, num_bytes)
