@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save, save
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -108,7 +108,7 @@ class Bench:
         future = async_save(
             self._dtensors(), checkpoint_id=place, async_stager=self.stager, process_group=self.background
         )
-        if not isinstance(future, torch.futures.Future) and hasattr(future, "staging_completion"):
+        if isinstance(future, AsyncSaveResponse):
             future.staging_completion.result()
             stall = time.perf_counter() - start
             future.upload_completion.result()

@@ -14,6 +14,7 @@ instead of converted after the save: ByteCheckpoint (NSDI 2025).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +116,7 @@ class Checkpoint:
             piece: array_view(buffer, self.index.by_name[piece.tensor].dtype, piece.box.shape, where=f"load {piece}")
             for piece, buffer in wanted.items()
         }
-        workers = threads if threads is not None else 4 if self._storage.local else 16
+        workers = threads if threads is not None else min(4, os.cpu_count() or 1) if self._storage.local else 16
         with ThreadPoolExecutor(workers) as pool:
             loads = list(pool.map(lambda group: load_group(self._storage, group, arrays), groups(reads)))
         damages = [damage for load in loads for damage in load.damages]

@@ -23,6 +23,7 @@ from fault_tolerance.reads import Read
 from fault_tolerance.storage import Storage
 from fault_tolerance.verify import Damage, compare_units
 from parallel.atlas import Piece
+from parallel.boxes import Box
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,7 @@ class _Scratch:
         high = max(last, int(read.offsets[read.spans[-1][1]]))
         memory = np.empty(high - low, np.uint8)
         rows = memory[first - low : last - low].view(place.dtype).reshape(-1, *inner)
-        return _Scratch(place, memory, low, rows[(slice(None), *read.overlap.within(stored)[1:])])
+        return _Scratch(place, memory, low, rows[(slice(None), *_slices(read.overlap, stored)[1:])])
 
     def cut(self) -> None:
         """Copy the overlap out of the rows, once they are filled."""
@@ -103,9 +104,13 @@ class _Scratch:
 
 def _place(read: Read, target: Array) -> Array:
     """The part of the target that the read fills, as a view."""
-    place: tuple[Any, ...] = (*read.overlap.within(read.piece.box), ...)  # the dots: a view of a scalar too
-    part: Array = target[place]
+    part: Array = target[(*_slices(read.overlap, read.piece.box), ...)]  # the dots: a view of a scalar too
     return part
+
+
+def _slices(inner: Box, outer: Box) -> tuple[Any, ...]:
+    """`inner.within(outer)`, where the plan made sure that it lies inside: this is called for every read."""
+    return tuple(map(slice, map(int.__sub__, inner.start, outer.start), map(int.__sub__, inner.stop, outer.start)))
 
 
 def _spans(read: Read, memory: Bytes, *, base: int) -> Iterator[_Span]:

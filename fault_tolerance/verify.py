@@ -47,9 +47,10 @@ class DamageError(RuntimeError):
 
 def compare_units(file: str, extent: Extent, offsets: Offsets, data: Bytes, expected: Array) -> list[Damage]:
     """What is wrong with units of an extent, as read, against their hashes; `offsets` tells where they lie in it."""
-    wrong = np.flatnonzero(unit_hashes(data, offsets) != expected)
-    if not len(wrong):
+    differ = unit_hashes(data, offsets) != expected
+    if not differ.any():
         return []
+    wrong = np.flatnonzero(differ)
     at = extent.offset + int(offsets[wrong[0]])
     what = f"{len(wrong)} of {len(expected)} units have a wrong hash, the first at byte {at}"
     return [Damage(file, extent.tensor, what)]

@@ -37,7 +37,7 @@ from fault_tolerance.shelf import checkpoints, locate, remove, step_name, sweep,
 from fault_tolerance.storage import StorageError, open_storage
 from fault_tolerance.verify import DamageError
 from framework import run_dir
-from framework.byte_bar import byte_bar, readable
+from launch.byte_bar import byte_bar, readable
 from parallel.layout import Layout
 
 FORMATS = ("deepspeed", "dcp", "huggingface", "ranks")
