@@ -20,6 +20,7 @@ from typing import Any
 
 from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError
 from framework.config import Config, plain
+from framework.durable import check_same, resolve
 from framework.outlook import outlook
 from framework.progress import make_progress
 from framework.run_dir import RunDir
@@ -35,6 +36,10 @@ def run(config: Config) -> int:
 
     Raises ValueError for what the user can mend.
     """
+    if config.layout.engine != "fsdp":
+        raise ValueError(f"layout.engine: only fsdp can train so far, got {config.layout.engine}; use layout.engine=fsdp")
+    resumed = resolve(config.resume)
+    changed = check_same(config, resumed) if resumed is not None else ()
     directory = RunDir.create(config.run_dir)
     directory.write_config(plain(config))
     run_id = directory.run_id
@@ -45,6 +50,8 @@ def run(config: Config) -> int:
     try:
         with _Interrupts() as interrupts, _opened(config, run_id) as cluster:
             shown.event(_notice(f"cluster up in {time.monotonic() - began:.1f} s; run directory {config.run_dir}"))
+            for change in changed:
+                shown.event(_notice(f"resumed with another {change}"))
             payload = {"config": plain(config), "run_id": run_id, "secret": secrets.token_hex(16)}
             controller = cluster.start_controller("framework.controller:Controller", payload)
             summary = _follow(cluster, controller, shown, interrupts)
@@ -64,13 +71,15 @@ def plan(config: Config) -> str:
 @contextmanager
 def _opened(config: Config, run_id: str) -> Iterator[Cluster]:
     wish = config.cluster
+    named = wish.domains if isinstance(wish.domains, tuple) else ()
+    domains = {f"n{i}": domain for i, domain in enumerate(named)} if wish.address == "local" else None
     cluster = Cluster.open(
         run_id=run_id,
         address=wish.address,
         num_nodes=wish.num_nodes,
         workers_per_node=wish.workers_per_node,
         spare_nodes=wish.spare_nodes,
-        domains=None,
+        domains=domains,
         start_timeout_s=wish.start_timeout_s,
     )
     try:
