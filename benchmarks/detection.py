@@ -7,7 +7,7 @@ Every run is a crew of processes on gloo (benchmarks/drilled.py), watched from o
 the first verdict has the class that was injected and names the rank, or the way, and nothing else. A slow way is a shaped
 link between network namespaces, confirmed by a pair test where the records name only a group.
 
-The defaults of others, for comparison: torchrun and torch's gloo and NCCL wait 30 and 10 minutes, Ray Train waits for Ray's
+The defaults of others, as they are documented, not measured here: torchrun and torch's gloo and NCCL wait 30 and 10 minutes, Ray Train waits for Ray's
 health check (63 s for a stopped node) and never ends a stopped worker, DeepSpeed leaves hangs to torch; none of them names a
 straggler.
 """

@@ -15,6 +15,7 @@ import random
 import signal
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -130,6 +131,7 @@ def _rank(
     from parallel.recorder import install
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # names of collectives that torch renames
     recorder = install(Path(home) / f"ring{rank}", rank=rank)
     mesh = Mesh.connect(dist.FileStore(f"{home}/store", layout.world), rank=rank, layout=layout, generation=0)
     trainer = _Trainer(rank, layout, mesh, injection, load, random.Random(seed * 100 + rank), out)

@@ -268,3 +268,35 @@ def test_a_ring_of_the_vault_is_written_in_place(tmp_path):
     recorder.close()
     assert (seen.rank, seen.generation, seen.head, len(seen.records), seen.process) == (3, 4, 100, 64, "R")
     assert [r.step for r in seen.records] == list(range(36, 100))
+
+
+def _on_gpu(rank: int, recorder: Recorder) -> list[float]:
+    dist.destroy_process_group()
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    x_4 = torch.ones(4, device="cuda")
+    dist.all_reduce(x_4)
+    torch.cuda.synchronize()
+    return x_4.tolist()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: how long NCCL's operations take is polled there"
+)
+def test_an_operation_on_a_gpu_ends_in_the_record():
+    with ranks(1, _on_gpu) as started:
+        assert started.result(0) == [1.0] * 4
+        last = wait_for(lambda: started.ring(0).records[-1])
+        wait_for(lambda: started.ring(0).records[-1].state == State.DONE)
+        assert last.op == Op.ALLREDUCE
+
+
+def test_a_mark_tells_how_long_its_thread_was_kept_from_running(tmp_path):
+    fd = ring.create("ring", directory=tmp_path, num_slots=64)
+    recorder = install(fd)
+    recorder.mark(0, Phase.TRAIN)
+    time.sleep(0.01)
+    recorder.mark(1, Phase.TRAIN)
+    first, second = decode(ring.RingReader(fd).read()).records
+    recorder.close()
+    assert 0 <= second.bytes - first.bytes < 60e9
