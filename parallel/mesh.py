@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Backend, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel.forget import forget
 from parallel.layout import AXES, Layout
 from parallel.sockets import Address, listeners, shut_down
 
@@ -112,6 +113,7 @@ class Mesh:
         self._open = False
         if dist.is_initialized():
             dist.destroy_process_group()
+        forget(self.devices)
         gc.collect()
 
 

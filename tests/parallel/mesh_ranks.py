@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -89,3 +90,9 @@ def cut_only_its_own(store: Store, rank: int, generation: int) -> str:
         if b.recv(1) != b"x":
             return "a stranger's connection was cut"
     return "" if cut >= 2 else f"only {cut} connections were cut"
+
+
+def train_and_count(store: Store, rank: int, generation: int, job: Job) -> tuple[int, int]:
+    """Train, close, and count what this process has open: (descriptors, threads)."""
+    train(store, rank, generation, job)
+    return len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/proc/self/task").iterdir()))

@@ -11,7 +11,7 @@ import pytest
 
 from tests.parallel.compare import Reference, loss_error, state_error
 from tests.parallel.harness import Pool, wait_until
-from tests.parallel.mesh_ranks import alone_in_the_crowd, cut_only_its_own, survive
+from tests.parallel.mesh_ranks import alone_in_the_crowd, cut_only_its_own, survive, train_and_count
 from tests.parallel.ranks import Job, train
 
 pytestmark = pytest.mark.slow
@@ -82,3 +82,12 @@ def test_a_second_mesh_in_the_same_processes_is_not_taken_for_the_first(pool: Po
     for layout in ("2x2x2", "1x4x2"):
         job = Job(layout=layout, steps=1)
         assert loss_error(one(job), pool.run(train, job, world=8)) < 1e-5
+
+
+def test_generations_leave_nothing_open(crew: Pool) -> None:
+    """DTensor's caches kept every mesh, and a mesh keeps its groups: 8 descriptors and 6 threads a generation."""
+    jobs = [Job(layout=layout, steps=1, seq_len=16) for layout in ("1x2x2", "2x2x1", "2x1x2")]
+    for job in jobs:
+        crew.run(train_and_count, job, world=4)
+    counts = [crew.run(train_and_count, job, world=4) for job in jobs]
+    assert counts[0] == counts[1] == counts[2]
