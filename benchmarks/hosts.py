@@ -1,6 +1,9 @@
 """Several hosts on one machine: network namespaces on a bridge, whose ways can be made slow or cut.
 
     with Hosts(4) as hosts:  hosts.slow_way(0, 2, "100mbit"); hosts.cut(3)      in a process:  hosts.enter(1)
+    with Boxes(4) as boxes:  subprocess.run(boxes.command(1, ["hostname"]));    boxes.crash(2)
+
+Hosts have a network of their own; boxes besides processes, a name, /etc/hosts and /dev/shm.
 
 Needs root, iproute2 and the kernel's veth, bridge, htb. `why_not()` tells what is missing, so that tests can skip.
 """
@@ -12,9 +15,22 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 INTERFACE = "eth0"
+INIT = """
+import os, time
+os.write(1, b"up\\n")
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        time.sleep(0.2)
+"""
 
 
 class Hosts:
@@ -82,6 +98,10 @@ class Hosts:
         """A host is cut off in silence."""
         _ip(f"netns exec {self._switch} ip link set v{host} nomaster")
 
+    def join(self, host: int) -> None:
+        """The opposite of `cut`."""
+        _ip(f"netns exec {self._switch} ip link set v{host} master br0")
+
     def _make(self) -> None:
         _ip(f"netns add {self._switch}")
         _ip(f"-n {self._switch} link add br0 type bridge")
@@ -93,6 +113,7 @@ class Hosts:
             _ip(f"-n {name} addr add {self.address(i)}/24 dev {INTERFACE}")
             _ip(f"-n {name} link set lo up")
             _ip(f"-n {name} link set {INTERFACE} up")
+            _ip(f"-n {name} route add default dev {INTERFACE}")  # programs ask for it to learn their own address
             _ip(f"-n {self._switch} link set v{i} master br0 up")
 
     def _shape(self, host: int) -> None:
@@ -101,6 +122,65 @@ class Hosts:
 
     def _tc(self, host: int, command: str) -> None:
         _ip(f"netns exec {self.name(host)} tc {command}")
+
+
+class Boxes(Hosts):
+    """Hosts with processes of their own: when the first process of one ends, all of them are gone."""
+
+    def __init__(self, num: int) -> None:
+        super().__init__(num)
+        self._folder = Path(tempfile.mkdtemp(prefix="hfbox"))
+        self._inits: dict[int, subprocess.Popen[bytes]] = {}
+
+    def __exit__(self, *_: object) -> None:
+        for host in list(self._inits):
+            self.crash(host)
+        super().__exit__()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def boot(self, host: int) -> None:
+        """Bring a host up, or up again."""
+        files = {"hosts": f"127.0.0.1 localhost\n{self.address(host)} host{host}\n", "resolv": "nameserver 127.0.0.1\noptions timeout:1\n"}
+        for name, text in files.items():
+            (self._folder / f"{name}{host}").write_text(text)
+        (self._folder / "init.py").write_text(INIT)
+        script = (
+            "mount -t tmpfs tmpfs /dev/shm && mount --bind $0/hosts$1 /etc/hosts && mount --bind $0/resolv$1 /etc/resolv.conf"
+            " && hostname host$1 && exec $2 -I -S $0/init.py"
+        )
+        unshare = ["unshare", "-m", "-u", "-p", "--fork", "--kill-child", "--mount-proc"]
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self.name(host), *unshare, "sh", "-c", script, str(self._folder), str(host), sys.executable],
+            stdout=subprocess.PIPE,
+        )
+        self._inits[host] = process
+        assert process.stdout is not None
+        if process.stdout.readline() != b"up\n":
+            raise OSError(f"hosts: host {host} did not come up")
+
+    def crash(self, host: int) -> None:
+        """Every process of a host is gone on return, and its /dev/shm with them."""
+        process = self._inits.pop(host)
+        first = self._first(process.pid)
+        process.kill()
+        process.wait()
+        while Path(f"/proc/{first}").exists():  # its namespace ends with it
+            time.sleep(0.01)
+
+    def command(self, host: int, argv: Sequence[str]) -> list[str]:
+        """A command line, to be run on a host."""
+        first = self._first(self._inits[host].pid)
+        return ["nsenter", "-t", str(first), "-n", "-m", "-u", "-p", f"--wd={os.getcwd()}", *argv]
+
+    def _make(self) -> None:
+        super()._make()
+        for host in range(self.num):
+            self.boot(host)
+
+    @staticmethod
+    def _first(pid: int) -> int:
+        """The process that `unshare` forked: number 1 of its namespace."""
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 def why_not() -> str | None:

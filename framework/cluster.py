@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state as ray_state
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -41,7 +42,7 @@ from framework.nodes import (
     natural,
 )
 from framework.ray_calls import Actor, Call, Remote, wait_all, wait_any
-from framework.ray_session import connect, get_facts, namespace, put_facts
+from framework.ray_session import connect, forget_facts, get_facts, namespace, put_facts
 from framework.raylets import HEAD, HEAD_IP
 
 __all__ = [
@@ -75,14 +76,17 @@ class Cluster:
         num_nodes: int = 1,
         workers_per_node: int = 1,
         spare_nodes: int = 0,
-        gpus_per_worker: float = 0,
+        gpus_per_worker: float | None = 0,
         domains: Mapping[str, str] | None = None,
+        domain_label: str = DOMAIN_LABEL,
         start_timeout_s: float = 60.0,
         import_paths: Sequence[str] = (),
         early: LocalCluster | None = None,
     ) -> Cluster:
         """The driver's: start a private cluster here (`local`) or join the one at `address`. Raises ClusterError.
 
+        `gpus_per_worker` None: one, if a node of the cluster has enough of them for all of its workers.
+        `domains` are those of nodes by name, `domain_label` is the label of nodes that holds it, where nothing else is said.
         `import_paths` come last on every worker's path: where a user's own model lies. `early` is a local cluster that was
         begun before Ray was imported, to save its time.
         """
@@ -93,6 +97,7 @@ class Cluster:
             "gpus_per_worker": gpus_per_worker,
             "import_paths": list(import_paths),
             "domains": dict(domains or {}),
+            "domain_label": domain_label,
         }
         local = None
         if address == "local":
@@ -103,20 +108,24 @@ class Cluster:
                 local.raise_nodes(
                     num_nodes=num_nodes + spare_nodes,
                     workers_per_node=workers_per_node,
-                    gpus_per_node=gpus_per_worker * workers_per_node,
+                    gpus_per_node=(gpus_per_worker or 0) * workers_per_node,
                     domains=facts["domains"],
                     timeout_s=start_timeout_s,
                 )
                 address, began = local.address, time.monotonic()
-            connect(run_id, address, node_ip=None if local is None else HEAD_IP)
+            connect(run_id, address, node_ip=None if local is None else HEAD_IP, timeout_s=start_timeout_s)
         except BaseException:
             if local is not None:
                 local.close()
             raise
         control = None if local is None else local.control
         cluster = cls(run_id=run_id, address=address, control=control, local=local, facts=facts)
+        if gpus_per_worker is None:
+            enough = any(node.alive and node.gpus >= workers_per_node for node in cluster.nodes())
+            cluster._facts["gpus_per_worker"] = float(enough)
         cluster.timings["connect_s"] = time.monotonic() - began
-        put_facts(run_id, {**facts, "address": cluster.address, "control": cluster.control})
+        job = ray.get_runtime_context().get_job_id()
+        put_facts(run_id, {**cluster._facts, "address": cluster.address, "control": cluster.control, "job": job})
         return cluster
 
     @classmethod
@@ -128,13 +137,29 @@ class Cluster:
     def close(self) -> None:
         """The driver's: end this run's actors and their reservations, and the cluster if it is a local one."""
         if self._local is None:
-            for remote in (*self.workers().values(), *self.vaults().values(), *self._found("controller").values()):
-                remote.kill()
-            self._remove_groups()
+            with contextlib.suppress(RayError, RuntimeError):
+                self.leave()
         with contextlib.suppress(Exception):  # a lost cluster must not keep the driver from ending
             ray.shutdown()
         if self._local is not None:
             self._local.close()
+
+    def leave(self) -> None:
+        """End all that this run has in a cluster which is somebody else's; in its controller the last thing that is done."""
+        controllers = self._found("controller")
+        for remote in (*self.workers().values(), *self.vaults().values()):
+            remote.kill()
+        self._remove_groups()
+        forget_facts(self.run_id)
+        for remote in controllers.values():
+            remote.kill()
+
+    def driver_is_gone(self) -> bool:
+        """Whether the program that joined the cluster has ended, however it did. A local cluster ends with it anyway."""
+        if self.control is not None:
+            return False
+        job = self._facts.get("job")
+        return any(row["JobID"] == job and row["IsDead"] for row in ray_state.job_table())
 
     def nodes(self) -> tuple[Node, ...]:
         """All machines, by name; of one that came back, its present life. About 1 ms."""
@@ -153,14 +178,18 @@ class Cluster:
         """
         deadline = time.monotonic() + timeout_s
         while True:
-            nodes, reserved, free = self.nodes(), self._reserved(), ray_state.available_resources_per_node()
-            lacks = {n.name: self._lack(n, free.get(n.ray_id, {}), n.ray_id[:ID_CHARS] in reserved) for n in nodes}
+            nodes, lacks = self._lacks()
             fit = tuple(node for node in nodes if not lacks[node.name])
             if len(fit) >= num_nodes:
                 return fit
             if time.monotonic() > deadline:
                 raise ClusterError(self._shortage(num_nodes, fit, lacks, timeout_s))
             time.sleep(POLL_S)
+
+    def usable(self) -> tuple[Node, ...]:
+        """The nodes that hold, or could hold now, `workers_per_node` workers of this run each."""
+        nodes, lacks = self._lacks()
+        return tuple(node for node in nodes if not lacks[node.name])
 
     def confirm(self, node: str, *, timeout_s: float = 1.0) -> bool:
         """Whether a machine answers right now, without Ray's patience: its raylet takes a connection, and is not stopped."""
@@ -178,10 +207,13 @@ class Cluster:
             return False
 
     def start_controller(self, factory: str, payload: Mapping[str, Any], *, log: str | None = None) -> Remote:
-        """The run's controller, which Ray starts again wherever it can if it is lost. On the head, if that is alive."""
-        head = next((node for node in self.nodes() if node.head and node.alive), None)
-        where = NodeAffinitySchedulingStrategy(head.ray_id, soft=True) if head else "DEFAULT"
-        node = head.name if head else ""
+        """The run's controller, which Ray starts again wherever it can if it is lost.
+
+        It lives on the driver's node: the run directory may be on a disk of that machine, and a run then depends on no other.
+        """
+        here = ray.get_runtime_context().get_node_id()
+        node = next((node.name for node in self.nodes() if node.ray_id == here), "")
+        where = NodeAffinitySchedulingStrategy(here, soft=True)
         return self._start("controller", node, factory, payload, log, where, num_cpus=0, restarts=-1)
 
     def find_controller(self, timeout_s: float = 0.0) -> Remote | None:
@@ -263,9 +295,11 @@ class Cluster:
             "num_gpus": num_gpus,
             "scheduling_strategy": where,
         }
+        address = ""
         if self.control is None:  # a local cluster's processes have this environment from the start
             options["runtime_env"] = {"env_vars": {**REMOTE_ENV, "PYTHONPATH": code().path, "HOLDFAST_NODE": node}}
-        hosting = {"log": log, "paths": self._facts["import_paths"], "node": node}
+            address = next((found.ip for found in self.nodes() if found.name == node and name != "controller"), "")
+        hosting = {"log": log, "paths": self._facts["import_paths"], "node": node, "address": address}
         handle = Actor.options(**options).remote(factory, dict(payload), hosting)  # type: ignore[attr-defined]
         return Remote(handle, name=name, node=node)
 
@@ -336,7 +370,7 @@ class Cluster:
             gpus=resources.get("GPU", 0.0),
             memory_bytes=int(resources.get("memory", 0)),
             labels=labels,
-            domain=self._facts["domains"].get(name) or labels.get(DOMAIN_LABEL) or name,
+            domain=self._facts["domains"].get(name) or labels.get(self._facts["domain_label"]) or name,
         )
 
     def _reserved(self) -> set[str]:
@@ -344,6 +378,11 @@ class Cluster:
         mine = f"{namespace(self.run_id)}:"
         rows = ray.util.placement_group_table().values()
         return {r["name"].rpartition(":")[2] for r in rows if r["name"].startswith(mine) and r["state"] != "REMOVED"}
+
+    def _lacks(self) -> tuple[tuple[Node, ...], dict[str, str]]:
+        """All machines, and what keeps each from holding its workers."""
+        nodes, reserved, free = self.nodes(), self._reserved(), ray_state.available_resources_per_node()
+        return nodes, {n.name: self._lack(n, free.get(n.ray_id, {}), n.ray_id[:ID_CHARS] in reserved) for n in nodes}
 
     def _lack(self, node: Node, free: Mapping[str, float], reserved: bool) -> str:
         """Why a node cannot hold its workers, or nothing."""

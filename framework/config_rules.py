@@ -125,7 +125,12 @@ def nodes(config: Config) -> Complaints:
     if cluster.max_nodes < cluster.num_nodes:
         yield f"cluster.max_nodes: must be at least cluster.num_nodes {cluster.num_nodes}, got {cluster.max_nodes}; raise it"
     named = cluster.num_nodes + cluster.spare_nodes
-    if isinstance(cluster.domains, tuple) and len(cluster.domains) != named:
+    if isinstance(cluster.domains, tuple) and cluster.address != "local":
+        yield (
+            f"cluster.domains: must be the name of a node label where cluster.address is {cluster.address}, got a list; "
+            "start the nodes with ray start --labels, or use cluster.domains=null"
+        )
+    elif isinstance(cluster.domains, tuple) and len(cluster.domains) != named:
         yield (
             f"cluster.domains: must name one failure domain for each of {named} nodes, got {len(cluster.domains)}; "
             "or use cluster.domains=null"

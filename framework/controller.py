@@ -28,6 +28,7 @@ from framework.durable import Durable
 from framework.incident import Quarantine, Trouble
 from framework.journal import Journal
 from framework.memory import Memory
+from framework.nodes import joined
 from framework.plan import Place, Plan, Refused, Source, make_plan, worth_growing
 from framework.planner import Planner
 from framework.pool import Pool, PoolError
@@ -92,6 +93,8 @@ class Controller:
         finally:
             self._pool.close()
             self._journal.close()
+            if self._cluster.driver_is_gone():
+                self._cluster.leave()
 
     def _generation(self, trouble: Trouble | None) -> Trouble | None:
         """One turn of the loop. Returns the trouble that ended it, or None when there is no more to do."""
@@ -132,9 +135,12 @@ class Controller:
         nodes = [n for n in nodes if self._cluster.confirm(n.name)]
         self._pool.reap(nodes)
         barred = self._quarantine.reasons(time.time())
-        usable = [n for n in nodes if not n.draining and n.name not in barred]
+        able = {n.name for n in self._cluster.usable()} - set(barred)
+        wish, warm = self._config.cluster, {n.name: self._pool.warm(n.name) for n in nodes}
+        at_most = max(wish.max_nodes, wish.num_nodes + wish.spare_nodes)
+        usable = joined([n for n in nodes if n.name in able], ours=warm, at_most=at_most)
         slots = self._config.cluster.workers_per_node
-        return tuple(Place(n.name, slots, n.domain, self._pool.warm(n.name)) for n in usable)
+        return tuple(Place(n.name, slots, n.domain, warm[n.name]) for n in usable)
 
     def _decide(self, trouble: Trouble | None) -> Plan:
         if trouble is None:
@@ -257,6 +263,8 @@ class Controller:
 
     def _wish_to_leave(self, crew: Crew) -> Trouble | None:
         """A reason of our own to end the generation at a step boundary: asked to stop, or room to grow."""
+        if not self._stop.is_set() and self._cluster.driver_is_gone():
+            self.stop("the program that started the run has ended")
         if self._stop.is_set():
             return Trouble("preemption", (), (), "asked to stop", self._journal.reached, time.time())
         fresh = self._settled(crew.plan)

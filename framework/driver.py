@@ -21,6 +21,7 @@ from typing import Any
 from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError
 from framework.config import Config, plain
 from framework.durable import check_same, resolve
+from framework.nodes import DOMAIN_LABEL
 from framework.outlook import outlook
 from framework.progress import make_progress
 from framework.run_dir import RunDir
@@ -28,7 +29,7 @@ from framework.telemetry import Telemetry
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
 FOLLOW_S = 0.25
-FIND_AGAIN_S = 30.0
+FIND_AGAIN_S = 120.0  # Ray looks for dead nodes for some 15 s before it starts anew what ran there
 
 
 def run(config: Config) -> int:
@@ -72,14 +73,16 @@ def plan(config: Config) -> str:
 def _opened(config: Config, run_id: str) -> Iterator[Cluster]:
     wish = config.cluster
     named = wish.domains if isinstance(wish.domains, tuple) else ()
-    domains = {f"n{i}": domain for i, domain in enumerate(named)} if wish.address == "local" else None
+    domains = {f"n{i}": domain for i, domain in enumerate(named)}
     cluster = Cluster.open(
         run_id=run_id,
         address=wish.address,
         num_nodes=wish.num_nodes,
         workers_per_node=wish.workers_per_node,
         spare_nodes=wish.spare_nodes,
+        gpus_per_worker=0 if wish.address == "local" else {"auto": None, "cpu": 0, "cuda": 1}[wish.device],
         domains=domains,
+        domain_label=wish.domains if isinstance(wish.domains, str) else DOMAIN_LABEL,
         start_timeout_s=wish.start_timeout_s,
     )
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.checkout import code
+from framework.network import interfaces, socket_environment
 
 TAIL_BYTES = 16_384
 
@@ -23,7 +24,19 @@ TAIL_BYTES = 16_384
 class Host:
     """Makes `factory` ("module:name") with `payload` as keyword arguments, and calls its methods."""
 
-    def __init__(self, factory: str, payload: Mapping[str, Any], *, log: str | None, paths: Sequence[str], node: str) -> None:
+    def __init__(
+        self,
+        factory: str,
+        payload: Mapping[str, Any],
+        *,
+        log: str | None,
+        paths: Sequence[str],
+        node: str,
+        address: str = "",
+    ) -> None:
+        """`address` is the node's own; empty where the environment says already which way collectives go."""
+        if address:
+            os.environ.update(socket_environment(address, os.environ, interfaces()))
         if log is not None:
             self.redirect(log)
         sys.path += [path for path in paths if path not in sys.path]  # last: a user's file never hides one of ours

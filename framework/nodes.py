@@ -91,6 +91,11 @@ def machine_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{n}-{row['NodeID'][:4]}" if alive.count(n) > 1 else n for n, row in zip(names, rows, strict=True)]
 
 
+def joined(nodes: Sequence[Node], *, ours: Mapping[str, int], at_most: int) -> tuple[Node, ...]:
+    """The nodes of a cluster that a run makes use of: those it lives on (`ours`: processes by node), then others by name."""
+    return tuple(sorted(nodes, key=lambda node: (-bool(ours.get(node.name)), natural(node.name)))[:at_most])
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key under which n2 comes before n10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -14,17 +14,21 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from framework.nodes import ClusterError
+
+ANSWER_S = 10.0  # a cluster's own port takes connections long before its nodes are there
 
 
 def namespace(run_id: str) -> str:
@@ -45,11 +49,17 @@ def get_facts(run_id: str) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def connect(run_id: str, address: str, *, node_ip: str | None = None) -> None:
+def forget_facts(run_id: str) -> None:
+    """The run is over: its actors' question who they are has no answer any more."""
+    _internal_kv_del(_facts_key(run_id))
+
+
+def connect(run_id: str, address: str, *, node_ip: str | None = None, timeout_s: float = 60.0) -> None:
     """Make this process the run's driver. `node_ip` tells which node is this one, if several are on this machine.
 
     Raises ClusterError.
     """
+    _check_address(address, timeout_s=min(timeout_s, ANSWER_S))
     options = {} if node_ip is None else {"_node_ip_address": node_ip}
     ray._private.worker.print_to_stdstream = _quiet
     with _neutral_place(), _kept_signals():
@@ -58,6 +68,29 @@ def connect(run_id: str, address: str, *, node_ip: str | None = None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             why = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise ClusterError(f"cluster.address: a Ray cluster must answer at {address}, got: {why}") from error
+
+
+def _check_address(address: str, *, timeout_s: float) -> None:
+    """Ray itself would look for a cluster that is not there for more than a minute before it says so."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise ClusterError(
+            f"cluster.address: must be local, auto or IP:PORT, got {address}; type the command on a node of the cluster, "
+            "or submit it as a job"
+        )
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"cluster.address: a Ray cluster must answer at {address}, got: {error}; start one with ray start --head"
+                ) from error
+            time.sleep(0.2)
 
 
 def _quiet(data: Mapping[str, Any], ignore_prefix: bool) -> None:

@@ -100,7 +100,7 @@ class Director:
 
     def ask(self, worker_id: str, number: int) -> int:
         """Calls a worker that another process has started."""
-        return int(self.cluster.workers()[worker_id].call("add", number).result(10))
+        return int(self.cluster.workers()[worker_id].call("add", number).result(60))
 
     def pid(self) -> int:
         """This process."""

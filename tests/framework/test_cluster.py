@@ -31,7 +31,8 @@ from framework.cluster import (
     wait_any,
 )
 from framework.local_cluster import LocalCluster
-from framework.nodes import Exit, machine_names, natural
+from framework.nodes import Exit, joined, machine_names, natural
+from framework.ray_session import connect
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).resolve().parents[2]
@@ -374,6 +375,23 @@ def test_names_are_stable_and_told_apart() -> None:
     assert machine_names([row("aaaa1", "10.0.0.1"), row("bbbb2", "10.0.0.1")]) == ["10.0.0.1-aaaa", "10.0.0.1-bbbb"]
     assert machine_names([row("aaaa1", "10.0.0.1"), row("bbbb2", "10.0.0.1", alive=False)]) == ["10.0.0.1", "10.0.0.1"]
     assert sorted(["n10", "n2", "head", "n1"], key=natural) == ["head", "n1", "n2", "n10"]
+
+
+def test_a_run_keeps_to_the_number_of_nodes_it_was_asked_for() -> None:
+    """In a large cluster of somebody's, workers were started on every node there was, as spares."""
+    nodes = [Node(name=f"n{i}", ray_id=str(i), ip="", alive=True) for i in range(12)]
+    assert [n.name for n in joined(nodes, ours={}, at_most=3)] == ["n0", "n1", "n2"]
+    assert [n.name for n in joined(nodes, ours={"n11": 2, "n4": 1}, at_most=3)] == ["n4", "n11", "n0"]
+
+
+def test_an_address_where_no_cluster_is_gets_one_line_soon(tmp_path: Path) -> None:
+    """Ray looks for a cluster for more than a minute, and then says so in a traceback."""
+    for address, said in (
+        ("127.0.0.1:1", "must answer at 127.0.0.1:1, got: [Errno 111] Connection refused; start one with ray start --head"),
+        ("ray://127.0.0.1:10001", "must be local, auto or IP:PORT, got ray://127.0.0.1:10001; type the command on a node"),
+    ):
+        with pytest.raises(ClusterError, match=re.escape(said)):
+            connect("nobody", address, timeout_s=0.3)
 
 
 def found_again(cluster: Cluster) -> Remote:
