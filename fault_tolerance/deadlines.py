@@ -24,10 +24,12 @@ KEPT = 256
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds. `floor_s`: never alarm earlier. `phases`: while a rank is in one of them it may keep the others waiting."""
+    """Seconds. `floor_s`: never alarm earlier; the longest deadline is the longer of `ceiling_s` and `steps` step times.
+    The rest: how long a rank may keep the others waiting in a phase other than training."""
 
     floor_s: float = 5.0
     ceiling_s: float = 12.0
+    steps: float = 2.5
     unlearnt_s: float = 300.0
     start_s: float = 600.0
     evaluate_s: float = 600.0
@@ -89,7 +91,7 @@ class Deadlines:
         took = self._took.get(_key(record), ())
         if not self.warm:
             return patience.unlearnt_s
-        limit = max(patience.ceiling_s, 2.5 * self.step_s)
+        limit = max(patience.ceiling_s, patience.steps * self.step_s)
         if len(took) < LEARNT:
             return limit
         return min(limit, max(patience.floor_s, 10 * _p99(took), 2 * self.step_s))

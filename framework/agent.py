@@ -16,9 +16,12 @@ from typing import Any
 import psutil
 
 from fault_tolerance.index import entry_to_plain
+from fault_tolerance.rings import Rings
 from fault_tolerance.shard import write_shard
 from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.stacks import stack_of
 from fault_tolerance.vault import Vault
+from parallel.recorder_build import build_beside
 
 
 class Agent:
@@ -29,6 +32,8 @@ class Agent:
         self._node = node
         self._vault = Vault(node=node, run=run_id, secret=bytes.fromhex(secret), listen=f"{host}:0")
         self._vault.start()
+        self._rings = Rings()
+        build_beside()
 
     def address(self) -> str:
         """Where the vault listens."""
@@ -74,6 +79,18 @@ class Agent:
         own = psutil.Process().memory_info()
         return {"free_bytes": memory.available, "total_bytes": memory.total, "load": os.getloadavg()[0], "rss_bytes": own.rss}
 
+    def lend_rings(self, generation: int, ranks: list[int]) -> dict[int, str]:
+        """Memory for the records of these ranks, as paths."""
+        return self._rings.lend(generation, ranks)
+
+    def read_rings(self, generation: int) -> dict[int, bytes]:
+        """What is new in the records of this node's ranks."""
+        return self._rings.read(generation)
+
+    def stack(self, pid: int, armed: str | None) -> str:
+        """What a process of this node is doing, in Python, or why that cannot be told."""
+        return stack_of(pid, armed=armed)
+
     def kill_pid(self, pid: int) -> None:
         """SIGKILL a process of this node; a stopped one dies too."""
         with contextlib.suppress(ProcessLookupError):
@@ -81,4 +98,5 @@ class Agent:
 
     def close(self) -> None:
         """Free everything."""
+        self._rings.close()
         self._vault.close()

@@ -33,6 +33,8 @@ from framework.plan import Place, Plan, Refused, Source, make_plan, worth_growin
 from framework.planner import Planner
 from framework.pool import Pool, PoolError
 from framework.rendezvous import Rendezvous
+from framework.response import Response
+from framework.sentinel import lend_rings
 from framework.watch import Limits, Sight, judge
 from parallel.layout import Layout
 
@@ -65,6 +67,7 @@ class Controller:
         self._failures: dict[int, int] = {}
         self._summary: dict[str, Any] | None = None
         self._seen_since: dict[str, float] = {}
+        self._response: Response | None = None
 
     def progress(self, since: int) -> dict[str, Any]:
         """Rows and events after number `since`, for whoever shows the run to a person."""
@@ -105,7 +108,11 @@ class Controller:
             crew = self._muster(plan)
         except PoolError as error:
             return self._count(Trouble("crash", (), (), str(error), plan.source.step, time.time()))
-        ended = self._watch(crew)
+        self._response = Response(self._config, self._journal, plan, self._pool.agents)
+        try:
+            ended = self._watch(crew)
+        finally:
+            self._response.close()
         if ended is None or (self._stop.is_set() and crew.finished):
             return None
         self._clear(crew, ended)
@@ -181,6 +188,7 @@ class Controller:
         order = self._memory.open(plan, self._pool.agents) | {
             "plan": plan,
             "store": self._rendezvous.address,
+            "rings": lend_rings(plan, self._pool.agents),
             "reached": self._journal.reached,
         }
         crew = muster(plan, agents=self._pool.agents, order=order, workers=self._pool.workers)
@@ -198,6 +206,7 @@ class Controller:
 
     def _watch(self, crew: Crew) -> Trouble | None:
         """Until the crew has ended, well or badly. Returns the trouble, or None if there is nothing left to train."""
+        assert self._response is not None
         leaving: Trouble | None = None
         while True:
             self._journal.take(crew.look(), crew.plan)
@@ -206,6 +215,10 @@ class Controller:
                 self._journal.take(crew.last_words(), crew.plan)
                 return self._conclude(crew, leaving)
             trouble = judge(self._sight(crew), crew.plan, self._limits(crew))
+            if trouble is not None and not trouble.planned:
+                self._journal.take(crew.last_words(), crew.plan)
+                return self._response.explained(trouble)
+            trouble = self._response.look() or trouble
             if trouble is not None and not trouble.planned:
                 self._journal.take(crew.last_words(), crew.plan)
                 return trouble
@@ -238,6 +251,7 @@ class Controller:
         now = time.monotonic()
         nodes = self._cluster.nodes()
         ended = crew.ended()
+        still = {} if self._response is None else self._response.still_s(now)  # who records operations is not silent
         suspects = {crew.plan.seats[r].node for r, e in ended.items() if e.how == "died"}
         suspects |= {crew.plan.seats[r].node for r, s in crew.silent_s(now).items() if s > 1.0} | self._memory.lost
         dead = {n.name for n in nodes if not n.alive} | {n for n in suspects if not self._cluster.confirm(n)}
@@ -245,7 +259,7 @@ class Controller:
         return Sight(
             now=time.time(),
             ended=ended,
-            silent_s=crew.silent_s(now),
+            silent_s={r: min(s, still.get(r, s)) for r, s in crew.silent_s(now).items()},
             progress=crew.progress(),
             quiet_s=self._journal.quiet_s(crew.began),
             dead_nodes=frozenset(dead),
@@ -259,7 +273,8 @@ class Controller:
         stall = max(detect.hang_timeout_s, detect.hang_steps * self._journal.step_s)
         if not self._journal.stepped(crew.plan.generation):
             stall = detect.first_step_timeout_s
-        return Limits(ping_timeout_s=detect.ping_timeout_s, stall_s=stall)
+        patient = max(detect.first_step_timeout_s, stall)
+        return Limits(max(detect.ping_timeout_s, min(30.0, 4 * crew.slow_answer_s)), stall, patient)
 
     def _wish_to_leave(self, crew: Crew) -> Trouble | None:
         """A reason of our own to end the generation at a step boundary: asked to stop, or room to grow."""

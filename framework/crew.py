@@ -11,6 +11,7 @@ Rule of this file: calls and their bookkeeping. It decides nothing (`watch.py` a
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class RankView:
     remote: Remote
     run: Call
     ping: Call | None = None
+    asked: float = 0.0
     heard: float = 0.0
     progress: tuple[int, str] = (0, "start")
     ended: Ended | None = None
@@ -45,6 +47,7 @@ class Crew:
     agents: Mapping[str, Remote]
     ranks: list[RankView]
     began: float = field(default_factory=time.monotonic)
+    answers_s: deque[float] = field(default_factory=lambda: deque(maxlen=256))
 
     @property
     def finished(self) -> bool:
@@ -64,6 +67,7 @@ class Crew:
                 said += self._hear(view, view.ping)
                 view.ping = None
             if view.ended is None and view.ping is None:
+                view.asked = time.monotonic()
                 view.ping = view.remote.call("poll", view.acked)
         return said
 
@@ -74,6 +78,11 @@ class Crew:
             if view.ended is None or view.ended.how != "died":
                 said += self._hear(view, view.remote.call("poll", view.acked), wait_s=2.0)
         return said
+
+    @property
+    def slow_answer_s(self) -> float:
+        """How long the slowest of the ranks' last answers took; a busy machine answers late, and is not dead."""
+        return max(self.answers_s, default=0.0)
 
     def silent_s(self, now: float) -> dict[int, float]:
         """Seconds since each rank that has not ended was last heard."""
@@ -127,6 +136,8 @@ class Crew:
             view.heard = time.monotonic()
             return []
         view.heard, view.progress = time.monotonic(), tuple(answer["progress"])
+        if view.asked:
+            self.answers_s.append(view.heard - view.asked)
         fresh = [item for number, item in answer["said"] if number > view.acked]
         view.acked = max([number for number, _ in answer["said"]], default=view.acked)
         return fresh

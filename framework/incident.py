@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-KINDS = ("crash", "node_loss", "hang", "slow_compute", "slow_link", "nan", "preemption", "resize", "controller")
+KINDS = ("crash", "node_loss", "hang", "mismatch", "slow_compute", "slow_link", "nan", "preemption", "resize", "controller")
 TIERS = ("local", "peer_memory", "parity", "durable", "fresh")
 
 

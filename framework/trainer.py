@@ -52,6 +52,16 @@ class Snapshots(Protocol):
     def has_room(self) -> bool: ...
 
 
+class Record(Protocol):
+    """Where it is noted what this rank does (`framework.recording`)."""
+
+    def ready(self) -> bool: ...
+
+    def begin(self) -> object: ...
+
+    def mark(self, step: int, phase: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
     """The numbers the loop needs. `tokens_per_step` is that of the global batch; `every_steps` 0 means never."""
@@ -83,6 +93,7 @@ class Report:
     grad_norm: float
     stop: bool
     defer: bool
+    record: bool
     snapshot_cost_s: float
     step_time_s: float
 
@@ -107,11 +118,11 @@ class Trainer:
         num_ranks: int,
         settings: TrainSettings,
         emit: Callable[[dict[str, Any]], None],
-        mark: Callable[[int, str], None] = lambda step, phase: None,
+        record: Record | None = None,
     ) -> None:
         self._engine, self._feed, self._lr = engine, feed, learning_rate
         self._snapshots, self._faults, self._settings = snapshots, faults, settings
-        self._sum, self._num_ranks, self._emit, self._mark = sum_over_ranks, num_ranks, emit, mark
+        self._sum, self._num_ranks, self._emit, self._record = sum_over_ranks, num_ranks, emit, record
         self._stop = threading.Event()
         self._pass_s = 0.0
         self._last_step_s = 0.0
@@ -130,6 +141,8 @@ class Trainer:
         while step < self._settings.num_steps:
             began = time.monotonic()
             report = self._pass(step + 1)
+            if report.record and self._record is not None:
+                self._record.begin()  # all ranks are here, between the same two operations
             if not report.finite and not self._redo_or_skip(step + 1, report):
                 return Outcome("diverged", step)
             if report.finite:
@@ -159,15 +172,17 @@ class Trainer:
         self._phase(step, "report")
         defer = self._snapshots is not None and not self._snapshots.ready()
         cost = 0.0 if self._snapshots is None else self._snapshots.cost_s()
-        local = [float(self._stop.is_set()), float(defer), cost, self._last_step_s]
+        ready = self._record is not None and self._record.ready()
+        local = [float(self._stop.is_set()), float(defer), float(ready), cost, self._last_step_s]
         sums = torch.stack([loss.double(), self._engine.grad_square_sum().double()])
         sums = torch.cat([sums, torch.tensor(local, dtype=torch.float64, device=sums.device)])
-        loss_sum, square_sum, stop, defer_sum, cost_sum, time_sum = self._sum(sums).tolist()
+        loss_sum, square_sum, stop, defer_sum, ready_sum, cost_sum, time_sum = self._sum(sums).tolist()
         return Report(
             loss=loss_sum / self._settings.tokens_per_step,
             grad_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
             stop=stop > 0,
             defer=defer_sum > 0,
+            record=ready_sum == self._num_ranks,
             snapshot_cost_s=cost_sum / self._num_ranks,
             step_time_s=time_sum / self._num_ranks,
         )
@@ -238,7 +253,8 @@ class Trainer:
 
     def _phase(self, step: int, phase: str, *, expected_s: float = 0.0) -> None:
         self.progress = (step, phase)
-        self._mark(step, phase)
+        if self._record is not None:
+            self._record.mark(step, phase)
         self._faults.at(step, phase, expected_s=expected_s)
 
     def _row(self, step: int, report: Report) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from framework.incident import Trouble
 from framework.plan import Plan
 
+PATIENT = frozenset({"evaluate", "staging", "test"})
+
 
 @dataclass(frozen=True, slots=True)
 class Ended:
@@ -44,10 +46,12 @@ class Sight:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The deadlines of one look. `stall_s` is the hang deadline that fits the step at hand."""
+    """The deadlines of one look. `stall_s` is the hang deadline that fits the step at hand; while a rank evaluates, stages
+    or tests, the crew takes no step and has `patient_s`."""
 
     ping_timeout_s: float
     stall_s: float
+    patient_s: float = 600.0
     evidence_s: float = 3.0
 
 
@@ -127,12 +131,14 @@ def _broken_collective(sight: Sight, plan: Plan, limits: Limits) -> Trouble | No
 
 def _stall(sight: Sight, plan: Plan, limits: Limits) -> Trouble | None:
     """No progress. Blame who has not reached the phase that most ranks wait in, where that singles somebody out."""
-    if sight.quiet_s <= limits.stall_s or not sight.progress:
+    patient = any(phase in PATIENT for _, phase in sight.progress.values())
+    limit = max(limits.stall_s, limits.patient_s) if patient else limits.stall_s
+    if sight.quiet_s <= limit or not sight.progress:
         return None
     furthest = max(step for step, _ in sight.progress.values())
     behind = [r for r, (step, _) in sorted(sight.progress.items()) if step < furthest]
     ranks = behind if 0 < len(behind) <= len(sight.progress) // 2 else []
-    evidence = f"no step for {sight.quiet_s:.1f} s, deadline {limits.stall_s:.1f} s"
+    evidence = f"no step for {sight.quiet_s:.1f} s, deadline {limit:.1f} s"
     return _trouble("hang", ranks, evidence, sight, plan, sight.quiet_s)
 
 

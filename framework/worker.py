@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 from fault_tolerance.catalogue import Snapshot
 from fault_tolerance.interval import choose
 from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.stacks import arm
 from framework.build import device_kind, make_engine, make_feed, make_schedule, model_builder, open_data
 from framework.config import Config, decode
 from framework.faults import FaultInjector
@@ -34,6 +35,7 @@ from framework.finish import sample_text, state_digest
 from framework.incident import Recovery
 from framework.initial import InitialWeights
 from framework.plan import Plan
+from framework.recording import Recording
 from framework.restoring import RestoreFailed, restore, tensor_reader
 from framework.staging import Staging
 from framework.trainer import Outcome, Trainer, TrainSettings
@@ -64,12 +66,17 @@ class Worker:
         self._number = 0
         self._generation = 0
         self._mesh: Mesh | None = None
+        self._recording: Recording | None = None
+        self._standing = ""
         self._trainer: Trainer | None = None
         self._phase = "idle"
         self._aborted = threading.Event()
         self._done = threading.Event()
         self._done.set()
         self._heard = time.monotonic()
+        logs = Path(self._config.run_dir) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self._stacks = arm(logs / f"stacks_{name}.txt")
         threading.Thread(target=self._watch_lease, daemon=True, name="lease").start()
 
     # lane "ctl"
@@ -95,6 +102,8 @@ class Worker:
         self._aborted.set()
         if self._mesh is not None:
             self._mesh.sever()
+        if self._recording is not None:
+            self._recording.abort()
 
     def leave(self) -> bool:
         """End whatever generation runs: at a step boundary if the crew still steps, by force if not. Blocks."""
@@ -150,8 +159,14 @@ class Worker:
 
     def _generation_of(self, plan: Plan, order: dict[str, Any]) -> Outcome:
         began = time.monotonic()
+        self._recording = recording = self._record(plan, order)
         self._mesh = mesh = Mesh.connect(
-            self._store(order["store"]), rank=order["rank"], layout=plan.layout, generation=plan.generation, device=self._device
+            self._store(order["store"]),
+            rank=order["rank"],
+            layout=plan.layout,
+            generation=plan.generation,
+            device=self._device,
+            timeout_s=self._config.detect.first_step_timeout_s,
         )
         engine: Engine | None = None
         staging: Staging | None = None
@@ -175,14 +190,16 @@ class Worker:
                 ),
             })
             staging = Staging(SnapshotPlan.from_json(order["snapshots"]), rank=order["rank"], secret=self._secret)
-            return self._train(engine, mesh, plan, faults, staging, start=recovery["step"], reporter=order["rank"] == 0)
+            return self._train(engine, mesh, plan, faults, staging, recording, start=recovery["step"], reporter=order["rank"] == 0)
         finally:
             self._phase = "close"
+            recording.over()
             if staging is not None:
                 staging.close()
             if engine is not None:
                 engine.close()
-            self._mesh = None
+            self._mesh = self._recording = None
+            recording.close()
             mesh.close()
 
     def _restore(self, engine: Engine, mesh: Mesh, plan: Plan, order: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +211,16 @@ class Worker:
         )
 
     def _train(
-        self, engine: Engine, mesh: Mesh, plan: Plan, faults: FaultInjector, staging: Staging, *, start: int, reporter: bool
+        self,
+        engine: Engine,
+        mesh: Mesh,
+        plan: Plan,
+        faults: FaultInjector,
+        staging: Staging,
+        recording: Recording,
+        *,
+        start: int,
+        reporter: bool,
     ) -> Outcome:
         config, layout = self._config, plan.layout
         feed = make_feed(
@@ -212,6 +238,7 @@ class Worker:
             emit=(lambda item: self._say(item | {"generation": plan.generation, "layout": str(layout)}))
             if reporter
             else (lambda item: None),
+            record=recording,
         )
         try:
             outcome = trainer.run(start)
@@ -244,6 +271,14 @@ class Worker:
             node=self._node,
             leads_node=plan.ranks_on(self._node)[0] == rank,
         )
+
+    def _record(self, plan: Plan, order: dict[str, Any]) -> Recording:
+        def tell(line: str) -> None:
+            if order["rank"] == 0 and line != self._standing:
+                self._standing = line
+                self._say({"event": "record", "step": plan.source.step, "reason": line})
+
+        return Recording(order["rings"].get(order["rank"]), rank=order["rank"], generation=plan.generation, tell=tell)
 
     def _store(self, address: tuple[str, int]) -> Store:
         """One client per controller for the life of the process: a new one per generation sometimes stalls for 5 s."""

@@ -86,6 +86,11 @@ class Recorder:
             if id(inner) in wrapped:
                 group._register_backend(torch.device(device), *wrapped[id(inner)])
 
+    def attach_all(self) -> None:
+        """Record all groups that exist. Every rank must do it between the same two operations, or numbers differ."""
+        for group, ranks in list(c10d._world.pg_group_ranks.items()):
+            self.attach(group, sorted(ranks, key=lambda rank: ranks[rank]))
+
     def close(self) -> None:
         """Stop recording new groups. Existing ones go on."""
         helper = getattr(c10d, _HELPER)
@@ -94,16 +99,22 @@ class Recorder:
 
 
 def install(
-    ring: int | str | os.PathLike[str] | None = None, *, rank: int = -1, generation: int = 0, num_slots: int = 8192
+    ring: int | str | os.PathLike[str] | None = None,
+    *,
+    rank: int = -1,
+    generation: int = 0,
+    num_slots: int = 8192,
+    compile: bool = True,
 ) -> Recorder:
     """Record all process groups made from now on into `ring`: a file or descriptor of the vault, None for a private one.
 
     `rank` is filled in by the first group if it is not known yet. Called again (for the next `generation`), the old
-    record is overwritten. The first call on a machine compiles the extension (about 35 s). Raises ValueError if the
+    record is overwritten. The first call on a machine compiles the extension (about 35 s); without `compile` the record is
+    off instead. Raises ValueError if the
     file is too small for a ring, and OSError if it cannot be opened; a missing compiler is no error.
     """
     try:
-        extension = load()
+        extension = load(compile=compile)
     except BuildError as error:
         log.warning("record: off, collectives are not watched: %s", error)
         return Recorder(None, None, generation=generation, reason=str(error))

@@ -1,0 +1,139 @@
+"""Sentinel: reads the ranks' records from outside about once a second, and says what is wrong with whom.
+
+    agents of the plan's nodes --rings--> Detector (fault_tolerance/detector.py) --> verdicts, for the controller to take
+
+A thread of its own, so that a node that does not answer never holds the controller up. It spends at most a tenth of its
+time: where judging takes long, it looks more rarely.
+
+Rule of this file: it looks and remembers. What follows from a verdict is decided in `response.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fault_tolerance.deadlines import Patience
+from fault_tolerance.detector import Detector, Settings
+from fault_tolerance.hangs import judge_hangs
+from fault_tolerance.stragglers import Rule
+from fault_tolerance.verdict import Kind, Topology, Verdict
+from framework.cluster import Call, CallError, Remote, wait_all
+from framework.config import DetectConfig
+from framework.plan import Plan
+
+LOOK_S = 1.0
+ANSWER_S = 2.0
+SHARE = 0.1  # of the time, at most
+
+
+def settings_of(detect: DetectConfig) -> Settings:
+    """What the config says, in the detector's terms; a look and a confirmation still fit before the hang deadline."""
+    deadline_s = 0.8 * detect.hang_timeout_s
+    patience = Patience(
+        floor_s=deadline_s,
+        ceiling_s=deadline_s,
+        steps=0.8 * detect.hang_steps,
+        unlearnt_s=detect.first_step_timeout_s,
+    )
+    return Settings(rule=Rule(ratio=1 + 0.6 * (detect.slow_ratio - 1)), patience=patience)
+
+
+def lend_rings(plan: Plan, agents: Mapping[str, Remote]) -> dict[int, str]:
+    """Have every node lend memory for its ranks' records. A rank whose node cannot goes without."""
+    calls = [agents[n].call("lend_rings", plan.generation, list(plan.ranks_on(n))) for n in plan.nodes if n in agents]
+    wait_all(calls, ANSWER_S)
+    return {rank: path for call in calls for rank, path in _answer(call).items()}
+
+
+class Sentinel:
+    """Watches one crew. Thread-safe."""
+
+    def __init__(self, plan: Plan, agents: Mapping[str, Remote], settings: Settings, *, look_s: float = LOOK_S) -> None:
+        self._plan, self._agents, self._look_s = plan, dict(agents), look_s
+        self._detector = Detector(Topology(plan.layout, plan.node_of_rank), settings)
+        self._lock = threading.Lock()
+        self._fresh: list[Verdict] = []
+        self._standing: dict[tuple[object, ...], int] = {}
+        self._moved: dict[int, tuple[int, float]] = {}
+        self._over = threading.Event()
+        self.failure = ""
+        self._thread = threading.Thread(target=self._run, daemon=True, name="sentinel")
+        self._thread.start()
+
+    def take(self) -> list[Verdict]:
+        """The verdicts that are new since the last call."""
+        with self._lock:
+            fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def active(self) -> tuple[Verdict, ...]:
+        """The verdicts that hold, those of two looks at least."""
+        with self._lock:
+            return tuple(v for key, v in self._detector.active.items() if self._standing.get(key, 0) >= 2)
+
+    def still_s(self, now: float) -> dict[int, float]:
+        """Seconds since something was last new in each recorded rank's ring; ranks without a record are not in it."""
+        with self._lock:
+            return {rank: now - at for rank, (_, at) in self._moved.items()}
+
+    def pids(self) -> dict[int, int]:
+        """The processes of the recorded ranks, on their nodes."""
+        with self._lock:
+            return {rank: ring.pid for rank, ring in self._detector.rings.items()}
+
+    def explain(self) -> list[Verdict]:
+        """What the records say now that the crew is known to be in trouble: a last look, without patience."""
+        self._observe()
+        with self._lock:
+            detector = self._detector
+            found = [v for v in detector.active.values() if v.kind in CERTAIN]
+            return found or judge_hangs(detector.rings, detector.topology, lambda record: LEAST_WAIT_S)
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._over.set()
+
+    def _run(self) -> None:
+        pause = self._look_s
+        while not self._over.wait(pause):
+            try:
+                pause = max(self._look_s, self._observe() / SHARE)
+            except Exception as error:  # a fault in judging must not end a run that trains; it is told once
+                self.failure = f"{type(error).__name__}: {error}"
+                return
+
+    def _observe(self) -> float:
+        """One look. Returns the seconds of processor time that it took."""
+        calls = [a.call("read_rings", self._plan.generation) for n, a in self._agents.items() if n in self._plan.nodes]
+        wait_all(calls, ANSWER_S)
+        began = time.thread_time()
+        rings: dict[int, bytes] = {}
+        for call in calls:
+            rings |= _answer(call)
+        with self._lock:
+            fresh = self._detector.observe(rings)
+            now = time.monotonic()
+            for rank, ring in self._detector.rings.items():
+                known = self._moved.get(rank)
+                if known is None or known[0] != ring.head:
+                    self._moved[rank] = (ring.head, now)
+            holds = self._detector.active
+            self._standing = {key: self._standing.get(key, 0) + 1 for key in holds}
+            self._fresh += fresh
+        return time.thread_time() - began
+
+
+CERTAIN = frozenset({Kind.CRASH, Kind.HANG, Kind.LINK_HANG, Kind.MISMATCH})
+LEAST_WAIT_S = 1.0
+
+
+def _answer(call: Call) -> dict[int, Any]:
+    if not call.done():
+        return {}
+    try:
+        return dict(call.result(0))
+    except (CallError, TimeoutError):
+        return {}
