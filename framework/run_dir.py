@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-EVENT_KINDS = ("plan", "crew", "snapshot", "trouble", "recovered", "resized", "checkpoint", "finished", "failed")
+EVENT_KINDS = ("plan", "crew", "snapshot", "trouble", "recovered", "resized", "checkpoint", "record", "verdict", "finished", "failed")
 METRIC_KEYS = (
     "step", "loss", "grad_norm", "lr", "tokens", "samples", "step_time_s", "tokens_per_s", "generation", "layout",
 )  # fmt: skip
