@@ -47,6 +47,13 @@ def stack_of(pid: int, *, armed: str | os.PathLike[str] | None = None, timeout_s
     return _by_signal(pid, Path(armed), timeout_s) or f"no stack: {why}; and no answer to the signal in {timeout_s:g} s"
 
 
+def thread_first(stack: str, word: str) -> str:
+    """The same stacks, but first of all the thread whose stack has this word in it, where there is one."""
+    parts = re.split(r"(?m)^(?=(?:Current )?[Tt]hread )", stack)
+    head, threads = parts[0], parts[1:]
+    return head + "".join(sorted(threads, key=lambda text: word not in text))
+
+
 def innermost(stack: str) -> str:
     """The innermost frame of the first thread of a stack, for a one-line evidence; the first line if there is no frame."""
     frame = _FRAME.search(stack)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fault_tolerance.stacks import innermost
+from fault_tolerance.stacks import innermost, thread_first
 from fault_tolerance.verdict import Kind, Verdict
 from framework.cluster import CallError, Remote
 from framework.config import Config
@@ -30,6 +30,7 @@ from framework.sentinel import Sentinel, settings_of
 TROUBLE = {Kind.CRASH: "crash", Kind.HANG: "hang", Kind.LINK_HANG: "hang", Kind.MISMATCH: "mismatch"}
 STACK_S = 6.0
 STACK_CHARS = 6000
+TRAINING = "_generation_of"  # a function below which a worker trains
 UNEXPLAINED = ("hang", "crash")
 
 
@@ -103,7 +104,7 @@ class Response:
         seat = self._plan.seats[rank]
         try:
             call = self._agents[seat.node].call("stack", pid, f"{self._journal.logs}/stacks_{seat.worker}.txt")
-            stack = str(call.result(STACK_S))
+            stack = thread_first(str(call.result(STACK_S)), TRAINING)
         except (CallError, TimeoutError, KeyError) as error:
             return f"no stack: {error}"
         Path(self._journal.logs, f"g{self._plan.generation:03d}_r{rank:03d}_stack.txt").write_text(stack)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from fault_tolerance import stacks
-from fault_tolerance.stacks import innermost, stack_of
+from fault_tolerance.stacks import innermost, stack_of, thread_first
 
 HANGS = """
 import ctypes, sys, time
@@ -66,3 +66,12 @@ def test_a_stopped_rank_is_not_waited_for(start, tmp_path, monkeypatch):
 
 def test_a_dead_rank_has_no_stack():
     assert "is gone" in stack_of(2**22 + 1)
+
+
+def test_the_thread_that_trains_comes_first_in_both_formats():
+    # A worker's main thread waits for calls; the frame that was told of a hung rank was always that one.
+    spy = 'Process 1: x\nPython v3\n\nThread 1 (idle): "Main"\n    loop (w.py:1)\nThread 2 (idle): "D"\n    _hang (f.py:7)\n    _train (w.py:2)\n'
+    assert innermost(thread_first(spy, "_train")) == "_hang (f.py:7)"
+    handler = 'Thread 0x1 (most recent call first):\n  File "w.py", line 1 in loop\n\nCurrent thread 0x2 (most recent call first):\n  File "f.py", line 7 in _hang\n  File "w.py", line 2 in _train\n'
+    assert innermost(thread_first(handler, "_train")) == 'File "f.py", line 7 in _hang'
+    assert innermost(thread_first(spy, "nowhere")) == "loop (w.py:1)"
