@@ -27,6 +27,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	         >/dev/null 2>&1 && echo --index-url "$(TORCH_INDEX)" --extra-index-url https://pypi.org/simple)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
+	@($(BIN)/python -m parallel.recorder_build >$(VENV)/recorder.log 2>&1 &)  # beside all else: 40 s of one core, once
 
 train: $(STAMP)  ## train the default model: RUN='model=20m ...' overrides anything
 	$(BIN)/holdfast train $(RUN)
