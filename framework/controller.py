@@ -35,6 +35,7 @@ from framework.pool import Pool, PoolError
 from framework.rendezvous import Rendezvous
 from framework.response import Response
 from framework.sentinel import lend_rings
+from framework.startup import Startup
 from framework.watch import Limits, Sight, judge
 from parallel.layout import Layout
 
@@ -49,11 +50,11 @@ MAX_FAILURES = 3  # at the same step, without one step of progress between
 class Controller:
     """The run's one decider, hosted in an actor. `run` blocks until the end; `progress` and `stop` may be called meanwhile."""
 
-    def __init__(self, *, config: dict[str, Any], run_id: str, secret: str) -> None:
+    def __init__(self, *, config: dict[str, Any], run_id: str, secret: str, startup: dict[str, Any]) -> None:
         self._config = decode(config)
         self._run_id = run_id
         self._cluster = Cluster.inside(run_id)
-        self._journal = Journal(self._config, run_id)
+        self._journal = Journal(self._config, run_id, startup=Startup(**startup))
         self._planner = Planner(self._config)
         self._rendezvous = Rendezvous(self._cluster.own_ip())
         self._memory = Memory(self._config, run_id=run_id, secret=secret, atlas=self._planner.atlas)

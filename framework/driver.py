@@ -9,6 +9,7 @@ Rule of this file: no decision about the run is taken here.
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 import sys
@@ -16,15 +17,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError
+from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError, WorkerDied
 from framework.config import Config, plain
 from framework.durable import check_same, resolve
-from framework.nodes import DOMAIN_LABEL
-from framework.outlook import outlook
+from framework.local_cluster import LocalCluster
+from framework.nodes import DOMAIN_LABEL, Exit
 from framework.progress import make_progress
 from framework.run_dir import RunDir
+from framework.startup import Startup
 from framework.telemetry import Telemetry
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
@@ -32,9 +35,10 @@ FOLLOW_S = 0.25
 FIND_AGAIN_S = 120.0  # Ray looks for dead nodes for some 15 s before it starts anew what ran there
 
 
-def run(config: Config) -> int:
+def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) -> int:
     """Train. Returns the exit code: 0 finished, 3 unrecoverable, 4 no progress, 130 interrupted.
 
+    `early` is a local cluster that was begun before this module, and with it Ray, was imported; it is ended here.
     Raises ValueError for what the user can mend.
     """
     if config.layout.engine != "fsdp":
@@ -47,14 +51,18 @@ def run(config: Config) -> int:
     directory.close()
     progress = make_progress(config.monitor.progress, num_steps=config.optim.num_steps)
     shown = Telemetry({} if progress is None else {"progress": progress})
-    began = time.monotonic()
     try:
-        with _Interrupts() as interrupts, _opened(config, run_id) as cluster:
-            shown.event(_notice(f"cluster up in {time.monotonic() - began:.1f} s; run directory {config.run_dir}"))
+        with _Interrupts() as interrupts, _opened(config, run_id, startup, early) as cluster:
+            shown.event(_notice(f"cluster up after {startup.total_s:.1f} s; run directory {config.run_dir}"))
             for change in changed:
                 shown.event(_notice(f"resumed with another {change}"))
-            payload = {"config": plain(config), "run_id": run_id, "secret": secrets.token_hex(16)}
-            controller = cluster.start_controller("framework.controller:Controller", payload)
+            controller = cluster.start_controller("framework.controller:Controller", {
+                "config": plain(config),
+                "run_id": run_id,
+                "secret": secrets.token_hex(16),
+                "startup": startup.plain(),
+            })  # fmt: skip
+            _await_constructor(controller, config.cluster.start_timeout_s)
             summary = _follow(cluster, controller, shown, interrupts)
     except ClusterError as error:
         raise ValueError(str(error)) from error
@@ -66,11 +74,20 @@ def run(config: Config) -> int:
 
 def plan(config: Config) -> str:
     """Everything that would be decided, as text. Starts nothing. Raises ValueError as `run` would."""
+    from framework.outlook import outlook  # it brings PyTorch, which this process needs for nothing else
+
+    sys.path += [path for path in import_paths() if path not in sys.path]
     return outlook(config)
 
 
+def import_paths() -> list[str]:
+    """Where a user's own modules lie: the working directory, and what PYTHONPATH names. They come last on every path."""
+    named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return list(dict.fromkeys(str(Path(path).resolve()) for path in (".", *filter(None, named))))
+
+
 @contextmanager
-def _opened(config: Config, run_id: str) -> Iterator[Cluster]:
+def _opened(config: Config, run_id: str, startup: Startup, early: LocalCluster | None) -> Iterator[Cluster]:
     wish = config.cluster
     named = wish.domains if isinstance(wish.domains, tuple) else ()
     domains = {f"n{i}": domain for i, domain in enumerate(named)}
@@ -84,11 +101,30 @@ def _opened(config: Config, run_id: str) -> Iterator[Cluster]:
         domains=domains,
         domain_label=wish.domains if isinstance(wish.domains, str) else DOMAIN_LABEL,
         start_timeout_s=wish.start_timeout_s,
+        import_paths=import_paths(),
+        early=early,
     )
+    startup.mark("cluster")
+    startup.divide("cluster", {name.removesuffix("_s").replace("_", " "): s for name, s in cluster.timings.items()})
     try:
         yield cluster
     finally:
         cluster.close()
+
+
+def _await_constructor(controller: Remote, timeout_s: float) -> None:
+    """Wait until the controller has read its config. Raises ValueError with what it says against it, if it does."""
+    try:
+        controller.ready().result(timeout_s)
+    except WorkerDied as error:
+        if error.exit is not Exit.INIT:
+            return  # a machine's fault: whoever follows the run calls for another one
+        _, marked, complaint = error.cause.partition("ValueError: ")
+        if marked:
+            raise ValueError(complaint) from error
+        raise
+    except (CallError, TimeoutError):
+        return
 
 
 def _follow(cluster: Cluster, controller: Remote, shown: Telemetry, interrupts: _Interrupts) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from framework.config import Config, plain
 from framework.incident import Incident, Recovery, Trouble
 from framework.plan import Plan
 from framework.run_dir import RunDir
+from framework.startup import Startup
 from framework.telemetry import Telemetry
 from framework.telemetry_sinks import make_sinks
 
@@ -31,7 +32,8 @@ FOLLOWED = 20_000
 class Journal:
     """The one writer of a run directory."""
 
-    def __init__(self, config: Config, run_id: str) -> None:
+    def __init__(self, config: Config, run_id: str, *, startup: Startup | None = None) -> None:
+        """`startup`: what has been measured of the run's start so far; a run that was started before has none."""
         self._dir = RunDir(config.run_dir)
         if not (self._dir.path / "config.yaml").exists():
             self._dir.write_config(plain(config))
@@ -39,7 +41,7 @@ class Journal:
         self._telemetry = Telemetry(sinks)
         self._rows = run_dir.metrics(config.run_dir)
         events = run_dir.events(config.run_dir)
-        self._events = len(events)
+        self._startup = None if events else startup
         self.generation = max((int(e["generation"]) for e in events), default=0)
         self._first_generation = self.generation + 1
         self._incidents: list[dict[str, Any]] = [e["incident"] for e in events if "incident" in e]
@@ -100,6 +102,7 @@ class Journal:
 
     def planned(self, plan: Plan, *, seconds: float) -> None:
         """A generation begins."""
+        self._mark("controller and plan")
         self.generation, self.plan = plan.generation, plan
         if self._open is not None:
             self._open.plan_s, self._open.decision = seconds, plan.reason
@@ -121,6 +124,7 @@ class Journal:
 
     def mustered(self, plan: Plan, *, seconds: float, started: Mapping[str, float]) -> None:
         """The crew of a plan has been called together."""
+        self._mark("processes")
         self._recoveries = {}
         if self._open is not None:
             self._open.muster_s = seconds
@@ -204,9 +208,25 @@ class Journal:
             self._step_times.append(float(row["step_time_s"]))
         elif self._open is not None:
             self._recovered(float(row["step_time_s"]))
+        self._started(float(row["step_time_s"]))
         self._stepped.add(plan.generation)
         self._conclude(plan)
         self._tell({"row": dict(row)})
+
+    def _mark(self, part: str) -> None:
+        if self._startup is not None:
+            self._startup.mark(part)
+
+    def _started(self, first_step_s: float) -> None:
+        """The first step of a new run: say what the start consisted of."""
+        startup, self._startup = self._startup, None
+        if startup is None:
+            return
+        startup.mark("hand-over")
+        told = self._recoveries.values()
+        inner = {name: max((getattr(r, f"{name}_s") for r in told), default=0.0) for name in ("connect", "build", "restore")}
+        startup.divide("hand-over", inner | {"first step": first_step_s})
+        self.event("startup", reason=startup.words(), parts=dict(startup.parts), total_s=startup.total_s)
 
     def _restored(self, rank: int, recovery: Recovery, plan: Plan) -> None:
         self._recoveries[rank] = recovery

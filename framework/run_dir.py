@@ -24,7 +24,9 @@ from typing import Any
 
 import yaml
 
-EVENT_KINDS = ("plan", "crew", "snapshot", "trouble", "recovered", "resized", "checkpoint", "record", "verdict", "finished", "failed")
+EVENT_KINDS = (
+    "plan", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "checkpoint", "record", "verdict", "finished", "failed",
+)  # fmt: skip
 METRIC_KEYS = (
     "step", "loss", "grad_norm", "lr", "tokens", "samples", "step_time_s", "tokens_per_s", "generation", "layout",
 )  # fmt: skip

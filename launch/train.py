@@ -9,11 +9,14 @@ Rule of this file: compose, decode, run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from framework.config import Config, decode
+from framework.local_cluster import LocalCluster
 from framework.run_dir import new_run_dir
+from framework.startup import Startup, command_began
 from launch.compose import groups, run_composed
 
 HELP = """
@@ -34,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     if "-h" in arguments or "--help" in arguments:
         print((__doc__ or "") + help_text())
         return 0
-    return run_composed("train", arguments, _job)
+    with _begun(arguments) as early:
+        return run_composed("train", arguments, lambda values: _job(values, early))
 
 
 def help_text() -> str:
@@ -47,8 +51,28 @@ def config_of(values: dict[str, Any]) -> Config:
     return decode(values | {"run_dir": values.get("run_dir") or new_run_dir()})
 
 
-def _job(values: dict[str, Any]) -> int:
+def _job(values: dict[str, Any], early: LocalCluster | None) -> int:
+    startup = Startup(command_began())
     config = config_of(values)
-    from framework.driver import run  # after the config is known to be right: it brings PyTorch and Ray
+    startup.mark("config")
+    if early is not None and config.cluster.address != "local":
+        early.close()
+        early = None
+    from framework.driver import run  # after the config is known to be right, for it brings Ray
 
-    return run(config)
+    return run(config, startup=startup, early=early)
+
+
+@contextmanager
+def _begun(arguments: Sequence[str]) -> Iterator[LocalCluster | None]:
+    """A local cluster whose processes import while this one reads its config; ended should that be wrong.
+
+    None where the command line asks for something else than one run on a local cluster.
+    """
+    other = any(word.startswith(("-", "cluster=", "cluster.address=")) for word in arguments)
+    early = None if other else LocalCluster.begin()
+    try:
+        yield early
+    finally:
+        if early is not None:
+            early.close()
