@@ -68,6 +68,7 @@ class Detector:
         self._fed = -1
         self._held: dict[tuple[object, ...], set[int]] = defaultdict(set)
         self._judged_step = -1
+        self._stopped_at: dict[int, int | None] = {}
 
     def observe(self, rings: Mapping[int, bytes | Ring | None], *, now_s: float | None = None) -> list[Verdict]:
         """Take in what could be read of the ranks' rings; return the verdicts that are new since the last call.
@@ -168,11 +169,14 @@ class Detector:
         return out
 
     def _stopped(self) -> list[Verdict]:
+        """Processes that were stopped at this look and the one before, and did nothing in between: one that is stopped and
+        continued again and again is slow, not hung."""
         out = []
         for rank, ring in sorted(self.rings.items()):
             last = max((max(r.call_ns, r.end_ns) for r in ring.records[-8:]), default=ring.mark_ns)
             silent = (ring.read_ns - last) / 1e9
-            if ring.process == "T" and silent >= self.settings.stopped_s:
+            was, self._stopped_at[rank] = self._stopped_at.get(rank), ring.cpu_ns if ring.process == "T" else None
+            if ring.process == "T" and was == ring.cpu_ns and silent >= self.settings.stopped_s:
                 reason = f"rank {rank} on {self.topology.nodes[rank]} is stopped since {silent:.1f} s (SIGSTOP, or a debugger)"
                 out.append(Verdict(Kind.HANG, (rank,), self.topology.on([rank]), reason, confidence=0.98))
         return out

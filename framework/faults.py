@@ -20,6 +20,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -88,7 +90,6 @@ class FaultInjector:
         mine = [(i, f) for i, f in enumerate(faults) if f.rank == rank or (f.node == node and leads_node)]
         self._armed = [(i, f) for i, f in mine if not (directory / str(i)).exists()]
         self._directory = directory
-        self.delay_s = 0.0  # what `slow_worker` adds to every step
 
     def at(self, step: int, phase: str, *, expected_s: float = 0.0) -> None:
         """Fire what is due at this step and phase. `expected_s`: how long the pass that begins now should take."""
@@ -111,9 +112,6 @@ class FaultInjector:
 
     def _fire(self, index: int, fault: Fault) -> None:
         if not claim(self._directory, index):
-            return
-        if fault.kind == "slow_worker":
-            self.delay_s = fault.severity
             return
         _ACTS[fault.kind](fault)
 
@@ -157,6 +155,27 @@ def _hang(fault: Fault) -> None:
     ctypes.PyDLL(None).pause()  # a PyDLL call keeps the GIL, so that no thread of this process answers any more
 
 
+def _slow_worker(fault: Fault) -> None:
+    """From now on this process gets 1/severity of the time, whatever it does: another one stops and continues it."""
+    if fault.severity > 1:
+        command = [sys.executable, "-S", "-E", "-c", _THROTTLE, str(os.getpid()), str(fault.severity)]
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+_THROTTLE = """
+import os, signal, sys, time
+pid, times, period_s = int(sys.argv[1]), float(sys.argv[2]), 0.02
+try:
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(period_s * (1 - 1 / times))
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(period_s / times)
+except ProcessLookupError:
+    pass
+"""
+
+
 def _raise(fault: Fault) -> None:
     raise InjectedError(f"drill: fault raised on purpose at step {fault.step}, phase {fault.phase}")
 
@@ -166,5 +185,6 @@ _ACTS: dict[str, Callable[[Fault], None]] = {
     "stop_worker": _stop_worker,
     "kill_node": _kill_node,
     "hang": _hang,
+    "slow_worker": _slow_worker,
     "raise": _raise,
 }

@@ -38,7 +38,7 @@ def settings_of(detect: DetectConfig) -> Settings:
         steps=0.8 * detect.hang_steps,
         unlearnt_s=detect.first_step_timeout_s,
     )
-    return Settings(rule=Rule(ratio=1 + 0.6 * (detect.slow_ratio - 1)), patience=patience)
+    return Settings(rule=Rule(ratio=1 + 0.6 * (detect.slow_ratio - 1), drift=1 + 0.27 * (detect.slow_ratio - 1)), patience=patience)
 
 
 def lend_rings(plan: Plan, agents: Mapping[str, Remote]) -> dict[int, str]:

@@ -164,8 +164,6 @@ class Trainer:
         self._phase(step, "forward", expected_s=self._pass_s)
         self._faults.at(step, "backward", expected_s=self._pass_s)
         began = time.monotonic()
-        if self._faults.delay_s:
-            time.sleep(self._pass_s * max(0.0, self._faults.delay_s - 1) or 0.1)
         tokens, labels = self._feed.batch(step)
         loss = self._engine.forward_backward(tokens, labels, num_tokens=self._settings.tokens_per_step)
         self._pass_s = time.monotonic() - began
