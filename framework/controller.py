@@ -21,11 +21,12 @@ import threading
 import time
 from typing import Any
 
+from fault_tolerance.quarantine import Quarantine
 from framework.cluster import CallError, Cluster
 from framework.config import decode
 from framework.crew import Crew, muster
 from framework.durable import Durable
-from framework.incident import Quarantine, Trouble
+from framework.incident import Trouble
 from framework.journal import Journal
 from framework.memory import Memory
 from framework.nodes import joined
@@ -63,7 +64,7 @@ class Controller:
         self._durable = Durable(self._config, run_id=run_id)
         self._specs = self._planner.atlas(Layout(), "1f1b").specs
         self._pool = Pool(self._cluster, logs=self._journal.logs, agent=agent, worker=worker)
-        self._quarantine = Quarantine(max_losses=3, window_s=600.0, expiry_s=self._config.detect.quarantine_s)
+        self._quarantine = Quarantine()
         self._stop = threading.Event()
         self._failures: dict[int, int] = {}
         self._summary: dict[str, Any] | None = None
@@ -319,11 +320,13 @@ class Controller:
         for rank, view in enumerate(crew.ranks):
             if (view.ended is not None and view.ended.how == "died") or rank in stuck:
                 self._pool.forget(crew.plan.seats[rank].worker)
+        now = time.time()
         for node in dead:
             self._pool.forget(node=node)
-            reason = self._quarantine.lost(node, time.time())
-            if reason is not None:
-                self._journal.event("trouble", reason=f"quarantine: {reason}", cause="quarantine")
+            self._quarantine = self._quarantine.lost(node, now_s=now, base_s=self._config.detect.quarantine_s)
+            if self._quarantine.holds(node, now):
+                reason = f"quarantine: {self._quarantine.reasons(now)[node]}"
+                self._journal.event("trouble", reason=reason, cause="quarantine", nodes=[node])
         for node in self._memory.lost:
             self._pool.forget_agent(node)
         self._journal.cleared(seconds=time.monotonic() - began, stuck=stuck)

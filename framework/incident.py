@@ -8,7 +8,7 @@ Rule of this file: pure values. It starts and asks nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,30 +93,3 @@ class Incident:
         trouble, extra = record.pop("trouble"), record.pop("extra")
         trouble.pop("silent_s")
         return trouble | record | extra
-
-
-class Quarantine:
-    """Nodes that are not to be used for a while: those that came and went too often, or were evicted for cause."""
-
-    def __init__(self, *, max_losses: int, window_s: float, expiry_s: float) -> None:
-        self._max, self._window_s, self._expiry_s = max_losses, window_s, expiry_s
-        self._losses: dict[str, list[float]] = {}
-        self._until: dict[str, tuple[float, str]] = {}
-
-    def lost(self, node: str, now: float) -> str | None:
-        """Note that a node was lost. Returns the reason when that puts it into quarantine."""
-        times = [t for t in self._losses.get(node, []) if now - t < self._window_s] + [now]
-        self._losses[node] = times
-        if len(times) < self._max:
-            return None
-        return self.evict(node, now, f"{node} was lost {len(times)} times in {self._window_s:.0f} s")
-
-    def evict(self, node: str, now: float, reason: str) -> str:
-        """Put a node into quarantine until it expires."""
-        self._until[node] = (now + self._expiry_s, reason)
-        return f"{reason}; not used for {self._expiry_s:.0f} s"
-
-    def reasons(self, now: float) -> Mapping[str, str]:
-        """The nodes that are in quarantine now, with the reason."""
-        self._until = {node: entry for node, entry in self._until.items() if entry[0] > now}
-        return {node: reason for node, (_, reason) in self._until.items()}

@@ -91,3 +91,14 @@ def test_a_person_can_lift_what_never_ends():
     assert not held.lift("a", now_s=7).holds("a", 7) and held.lift("a", now_s=7).holds("b", 7)
     with pytest.raises(ValueError, match="must not be negative"):
         held.add("c", "?", now_s=0, base_s=-1)
+
+
+def test_a_machine_that_comes_and_goes_is_evicted_and_one_that_was_lost_long_ago_is_not():
+    held = Quarantine()
+    for at in (0, 500, 1000):
+        held = held.lost("a", now_s=at, base_s=60)
+    assert not held.holds("a", 1000)
+    held = held.lost("b", now_s=1010, base_s=60).lost("a", now_s=1020, base_s=60)
+    assert held.holds("a", 1020) and not held.holds("b", 1020)
+    assert held.reasons(1030) == {"a": "a was lost 3 times in 600 s; not used for 50 s"}
+    assert held.reasons(1080) == {}
