@@ -12,7 +12,7 @@ Rule of this file: names and integers in, values or a refusal out; nobody is ask
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fault_tolerance.placement import Group
@@ -57,23 +57,48 @@ def budget(groups: Sequence[Group], node_bytes: Mapping[str, int], *, chunk_byte
 
 def check(
     needs: Mapping[str, NodeBudget],
-    free_bytes: Mapping[str, int],
-    shm_bytes: Mapping[str, int] | None = None,
+    rooms: Mapping[str, Mapping[str, int]],
+    held: Mapping[str, int] | None = None,
 ) -> None:
-    """Refuse a plan that does not fit, with the numbers of every node that is short.
+    """Refuse a plan that does not fit, with the numbers of every pool of memory that is short.
 
-    `free_bytes` is the memory free on each node; `shm_bytes`, where segments live in a `/dev/shm` of limited size, the
-    room left there. A node that neither mapping names is not checked. Raises ValueError.
+    `rooms` has the free bytes of each pool that a node draws from, by node (`room.py`); nodes that name the same pool
+    share it. `held` is what a node's vault has of it already, which is used again. A node that `rooms` does not name is
+    not checked. Raises ValueError.
     """
-    short = [
-        line for node, need in needs.items() for line in _short(need, free_bytes.get(node), (shm_bytes or {}).get(node))
-    ]
+    short = list(_short(needs, rooms, held or {}))
     if short:
         raise ValueError(
             "budget: snapshots must fit into the nodes' memory, got "
             + "; ".join(short)
             + "; lower fault_tolerance.tolerate, raise group_size, use more nodes or set every_steps=0"
         )
+
+
+def _short(
+    needs: Mapping[str, NodeBudget], rooms: Mapping[str, Mapping[str, int]], held: Mapping[str, int]
+) -> Iterator[str]:
+    free: dict[str, int] = {}
+    users: dict[str, list[str]] = {}
+    for node in needs:
+        for pool, left in rooms.get(node, {}).items():
+            free[pool] = min(left, free.get(pool, left))
+            users.setdefault(pool, []).append(node)
+    said: set[tuple[str, ...]] = set()
+    for pool, nodes in sorted(users.items(), key=lambda item: free[item[0]]):
+        more = sum(max(0, needs[node].total_bytes - held.get(node, 0)) for node in nodes)
+        if more > free[pool] and tuple(nodes) not in said:
+            said.add(tuple(nodes))
+            yield _sentence([needs[node] for node in nodes], more, free[pool], pool)
+
+
+def _sentence(needs: Sequence[NodeBudget], more: int, free: int, pool: str) -> str:
+    held = sum(need.total_bytes for need in needs) - more
+    kept = f", of which {_size(held)} are there already" if held else ""
+    if len(needs) == 1:
+        return f"{needs[0]}{kept}, but only {_size(free)} is free ({pool})"
+    names = f"{needs[0].node}..{needs[-1].node}, which share {pool},"
+    return f"{names} need {_size(more + held)}{kept}, but only {_size(free)} is free there; {needs[0]}"
 
 
 def _node(group: Group, node: str, node_bytes: Mapping[str, int], chunk_bytes: int) -> NodeBudget:
@@ -85,17 +110,6 @@ def _node(group: Group, node: str, node_bytes: Mapping[str, int], chunk_bytes: i
         parity_bytes=VERSIONS * _pages(group.m * block),
         transfer_bytes=buffers * min(chunk_bytes, block),
     )
-
-
-def _short(need: NodeBudget, free: int | None, shm: int | None) -> list[str]:
-    lines = []
-    if free is not None and need.total_bytes > free:
-        lines.append(f"{need}, but only {_size(free)} is free")
-    if shm is not None and need.shared_bytes > shm:
-        lines.append(
-            f"{need.node}: {_size(need.shared_bytes)} of shared memory, but /dev/shm has room for {_size(shm)}"
-        )
-    return lines
 
 
 def _pages(num_bytes: int) -> int:

@@ -109,6 +109,16 @@ def choose(*, cost_s: float, mtbf_s: float, step_s: float, least_s: float = 0.0,
     return Interval(steps=steps, interval_s=every, lost_share=share, reason=reason)
 
 
+def fixed(steps: int) -> Interval:
+    """As configured: nothing to explain."""
+    return Interval(steps=steps, interval_s=0.0, lost_share=0.0, reason="")
+
+
+def young(cost_s: float, step_s: float, mtbf_s: float) -> Interval:
+    """As `choose`; every step as long as no step has been measured."""
+    return choose(cost_s=cost_s, mtbf_s=mtbf_s, step_s=step_s) if step_s > 0 else fixed(1)
+
+
 def _positive(where: str, *, zero_ok: bool = False, **values: float) -> None:
     for name, value in values.items():
         if not (value > 0 or (zero_ok and value == 0)):

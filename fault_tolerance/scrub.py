@@ -1,10 +1,11 @@
 """Housekeeper: the vault's slow thread. It re-reads what is held, and gives up versions that take too long.
 
     every tick:   a few chunks, as many as `scrub_bytes_s` allows, are hashed again; one that fails is marked bad,
-                  which erases it (reads are hashed anyway; this finds the damage while parity can still mend it)
+                  which erases it, and is made again out of the other blocks of its stripe while that can be done
+                  (`repair.py`); if it cannot, reads decode around it, and the tolerance is one less
                   a version that is pending for longer than `deadline_s` is abandoned by the coordinator
 
-Rule of this file: it reads blocks and marks them; it never writes one.
+Rule of this file: it finds and marks; it decides nothing about versions but that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fault_tolerance.repair import repair
 from fault_tolerance.version import Version
 
 if TYPE_CHECKING:
@@ -80,10 +82,16 @@ class Housekeeper:
             pinned = pool.pinned(segment)
             pinned.__enter__()
         try:
-            good = version.check(kind, index, chunk)
+            if not version.check(kind, index, chunk):
+                self._mend(version, kind, index, chunk)
         finally:
             pinned.__exit__(None, None, None)
-        if not good:
-            facts = {"generation": version.plan.generation, "step": version.step, "block": f"{kind} {index}"}
-            vault.events.add("bad_chunk", **facts, chunk=chunk)
         return version.plan.chunk_bytes
+
+    def _mend(self, version: Version, kind: str, index: int, chunk: int) -> None:
+        mended = repair(version, kind, index, chunk, peers=self._vault.peers) and version.check(kind, index, chunk)
+        if mended:
+            with self._vault.changed:
+                version.bad.discard((kind, index, chunk))
+        facts = {"generation": version.plan.generation, "step": version.step, "block": f"{kind} {index}"}
+        self._vault.events.add("bad_chunk", **facts, chunk=chunk, repaired=mended)

@@ -15,8 +15,10 @@ How to use it, once a generation's plan is open on the vaults:
     snapshotter.close()                                        # at the end of the generation
 
 `begin` returns at once. Between `begin` and `gate` nobody may write to the tensors. Trouble with the vault never
-raises in the training loop: `failure` says what it was, `ready()` is False from then on, and the controller, who sees
-the vault die, decides. All ranks must begin the same steps: a step that some rank skips is never protected.
+raises in the training loop. If the vault is lost, or the generation is over, `failure` says so, `ready()` is False from
+then on, and the controller, who sees the vault die, decides. If it was only too slow for one snapshot, that one is given
+up on all nodes (`missed` says why) and the next one is tried. All ranks must begin the same steps: a step that some rank
+skips is never protected.
 
 On a GPU the copy goes through two pinned buffers on a stream of its own (`device_copy.py`); `gate` returns when the
 device's memory has been read.
@@ -51,6 +53,7 @@ from fault_tolerance.wire import Refused, WireError, connect, local_address
 
 COPY_BYTES = 4 << 20
 GATE_S = 5.0
+PASSING = ("old", "busy")  # refusals of one snapshot, not of this rank
 CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -61,7 +64,16 @@ class _Job:
     tensors: dict[str, torch.Tensor]
     copied: threading.Event = field(default_factory=threading.Event)
     copying: bool = False
+    given_up: bool = False
     copy_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Gated:
+    """The gate of a step's snapshot has been passed; the vault is told how long it took."""
+
+    step: int
+    stall_s: float
 
 
 class Snapshotter:
@@ -85,6 +97,7 @@ class Snapshotter:
         self._held = {piece.tensor: piece.box for piece in plan.atlas.held(rank)}
         self._pace = Pace(copy_bytes_s)
         self.failure = ""
+        self.missed = ""
         self.stall_s = 0.0
         self.copy_s = 0.0
         self._lock = threading.Lock()
@@ -99,7 +112,7 @@ class Snapshotter:
             raise
         self._job: _Job | None = None
         self._closed = False
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | _Gated | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name="snapshotter")
         self._thread.start()
 
@@ -145,6 +158,7 @@ class Snapshotter:
             job.copied.wait()
         self.stall_s, self.copy_s = time.monotonic() - began, job.copy_s
         self._job = None
+        self._jobs.put(_Gated(job.step, self.stall_s))
         return self.stall_s
 
     def cost_s(self) -> float:
@@ -170,21 +184,32 @@ class Snapshotter:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
-                if not self.failure:
+                if self.failure:
+                    continue
+                if isinstance(job, _Job):
                     self._stage(job)
-            except (WireError, Refused, RuntimeError, OSError) as error:
+                else:
+                    self._channel.call({"op": "gated", "step": job.step, "stall_s": job.stall_s})
+            except Refused as refused:
+                if refused.kind in PASSING:
+                    self.missed = f"step {job.step}: {refused}"
+                else:
+                    self.failure = f"step {job.step}: {refused}"
+            except (WireError, RuntimeError, OSError) as error:
                 self.failure = f"step {job.step}: {error}"
             finally:
-                job.tensors = {}
-                job.copied.set()
+                if isinstance(job, _Job):
+                    job.tensors = {}
+                    job.copied.set()
 
     def _stage(self, job: _Job) -> None:
         view = self._segment(job.step)
         began = time.monotonic()
         with self._lock:
-            if self.failure:
-                return
-            job.copying = True
+            job.copying = not job.given_up
+        if job.given_up:
+            self._channel.call({"op": "give_up", "step": job.step, "reason": self.missed})
+            return
         for entry in self._slab.entries:
             start = self._base + entry.offset
             self._copy(job, entry, view[start : start + entry.nbytes])
@@ -201,7 +226,8 @@ class Snapshotter:
         with self._lock:
             if job.copying:
                 return False
-            self.failure = self.failure or f"step {job.step}: the vault must answer within {GATE_S} s, and did not"
+            job.given_up = True
+            self.missed = f"step {job.step}: the vault must answer within {GATE_S} s, and did not"
             return True
 
     def _segment(self, step: int) -> NDArray[np.uint8]:

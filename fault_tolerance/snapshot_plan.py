@@ -25,6 +25,8 @@ from parallel.atlas import Atlas, TensorSpec
 from parallel.layout import Layout
 
 CHUNK_BYTES = 256 << 10
+LEAST_DEADLINE_S = 120.0
+SLOWEST_BYTES_S = 20e6  # a node that moves less than this, though nothing limits it, is not working
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,15 @@ class SnapshotPlan:
             return _decode(plain)
         except (KeyError, TypeError) as error:
             raise ValueError(f"snapshot plan: must be what `to_json` gives, got {error!r}") from error
+
+
+def deadline_s(plan: SnapshotPlan) -> float:
+    """How long a version may take before it is given up: three times what its bytes need at the rate that is allowed."""
+    slowest = 0.0
+    for node in plan.nodes:
+        group = plan.group_of(node)
+        slowest = max(slowest, group.wire_bytes(plan.block_bytes(node)) / len(group.nodes), plan.node_bytes(node))
+    return max(LEAST_DEADLINE_S, 3 * slowest / min(plan.max_rate_bytes_s or SLOWEST_BYTES_S, SLOWEST_BYTES_S))
 
 
 def _decode(plain: Mapping[str, Any]) -> SnapshotPlan:

@@ -35,7 +35,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.vault_events import VaultEvents
 from fault_tolerance.vault_requests import Requests
 from fault_tolerance.version import Key, NodeMeta, State, Version
-from fault_tolerance.wire import Refused, local_address
+from fault_tolerance.wire import Refused, WireError, local_address
 
 
 class Vault:
@@ -272,6 +272,14 @@ class Vault:
             if not failure and version.state is State.STAGED:
                 version.state = State.CODED
         self.agreement.report(version, failure)
+
+    def give_up(self, plan: SnapshotPlan, step: int, reason: str) -> None:
+        """One of this node's ranks will not stage a step. If nobody can be told, the deadline does the same later."""
+        with self.changed:
+            version = self.versions.get((plan.generation, step))
+        if version is not None and self.wanted(version):
+            with suppress(WireError, Refused):
+                self.report(version, failure=reason)
 
     def may_use(self, segment: Segment) -> bool:
         """Whether a segment is free of writers of other generations."""

@@ -2,7 +2,7 @@
 
     anybody in the run     open fence status inventory watch read tables forget corrupt kill shutdown
     vaults                 meta push coded protected abandon
-    workers of this node   attach begin staged detach map          over the Unix socket only: descriptors come with it
+    workers of this node   attach begin staged gated give_up detach map     over the Unix socket only: descriptors come with it
 
 Rule of this file: it parses and answers. What a request means is the vault's matter.
 """
@@ -34,7 +34,7 @@ class Requests:
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
         names = "open fence status inventory watch read tables forget corrupt kill shutdown"
-        names += " meta push coded protected abandon attach begin staged detach map"
+        names += " meta push coded protected abandon attach begin staged gated give_up detach map"
         self._table: dict[str, Callable[[Connection, Header], None]] = {n: getattr(self, n) for n in names.split()}
 
     def handle(self, connection: Connection, header: Header) -> None:
@@ -208,6 +208,20 @@ class Requests:
         """The slab is copied."""
         facts = {"extra": dict(header["extra"]), "copy_s": float(header["copy_s"])}
         self._vault.staged(self._attached(connection), int(header["step"]), facts)
+        reply(connection)
+
+    def gated(self, connection: Connection, header: Header) -> None:
+        """How long a step of this rank waited for its snapshot."""
+        attachment = self._attached(connection)
+        facts = {"rank": attachment.rank, "generation": attachment.generation, "step": int(header["step"])}
+        self._vault.events.add("gated", **facts, stall_s=float(header["stall_s"]))
+        reply(connection)
+
+    def give_up(self, connection: Connection, header: Header) -> None:
+        """A rank could not wait for the memory to copy a step into: the step's snapshot is given up everywhere."""
+        attachment = self._attached(connection)
+        plan = self._vault.current(attachment.generation)
+        self._vault.give_up(plan, int(header["step"]), f"rank {attachment.rank}: {header['reason']}")
         reply(connection)
 
     def detach(self, connection: Connection, header: Header) -> None:

@@ -17,6 +17,7 @@ import psutil
 
 from fault_tolerance.index import entry_to_plain
 from fault_tolerance.rings import Rings
+from fault_tolerance.room import room
 from fault_tolerance.shard import write_shard
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import stack_of
@@ -74,10 +75,16 @@ class Agent:
             return entry_to_plain(write_shard(directory, self._node, pieces, specs=plan.atlas.specs))
 
     def facts(self) -> dict[str, Any]:
-        """The node's memory, in bytes, and load."""
+        """The node's memory in bytes (what is free, by pool; what the vault has of it) and load."""
         memory = psutil.virtual_memory()
         own = psutil.Process().memory_info()
-        return {"free_bytes": memory.available, "total_bytes": memory.total, "load": os.getloadavg()[0], "rss_bytes": own.rss}
+        return {
+            "room": room(),
+            "held_bytes": self._vault.status()["memory_bytes"],
+            "total_bytes": memory.total,
+            "load": os.getloadavg()[0],
+            "rss_bytes": own.rss,
+        }
 
     def lend_rings(self, generation: int, ranks: list[int]) -> dict[int, str]:
         """Memory for the records of these ranks, as paths."""

@@ -105,7 +105,7 @@ class Controller:
         """One turn of the loop. Returns the trouble that ended it, or None when there is no more to do."""
         began = time.monotonic()
         plan = self._decide(trouble)
-        self._journal.planned(plan, seconds=time.monotonic() - began)
+        self._journal.planned(plan, seconds=time.monotonic() - began, limits=self._memory.limits(plan))
         try:
             crew = self._muster(plan)
         except PoolError as error:
@@ -115,6 +115,7 @@ class Controller:
             ended = self._watch(crew)
         finally:
             self._response.close()
+        self._keep(plan, last=True)
         if ended is None or (self._stop.is_set() and crew.finished):
             return None
         self._clear(crew, ended)
@@ -187,6 +188,7 @@ class Controller:
     def _muster(self, plan: Plan) -> Crew:
         began = time.monotonic()
         took = self._pool.ensure([seat.worker for seat in plan.seats], timeout_s=self._config.cluster.start_timeout_s)
+        self._memory.check_room(plan, self._pool.agents)
         order = self._memory.open(plan, self._pool.agents) | {
             "plan": plan,
             "store": self._rendezvous.address,
@@ -231,13 +233,13 @@ class Controller:
                     crew.request_stop()
             time.sleep(LOOK_S)
 
-    def _keep(self, plan: Plan) -> None:
+    def _keep(self, plan: Plan, *, last: bool = False) -> None:
         """Write down what became of snapshots, and have those that are due saved to storage."""
-        for snapshot in self._memory.poll():
-            self._journal.event("snapshot", **snapshot)
-            self._journal.tolerance = self._memory.tolerance()
-            if snapshot["protected"] and self._durable.due(snapshot["step"]):
-                self._durable.begin(plan, snapshot["step"], self._pool.agents, self._specs)
+        for event in self._memory.poll(last=last):
+            self._journal.event(**{"kind": "snapshot", **event})
+            if event.get("protected") and self._durable.due(event["step"]):
+                self._durable.begin(plan, event["step"], self._pool.agents, self._specs)
+        self._journal.tolerance = self._memory.tolerance()
         for saved in self._durable.poll():
             self._journal.event("checkpoint", **saved)
 

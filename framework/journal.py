@@ -100,8 +100,8 @@ class Journal:
         self._telemetry.event(row)
         self._tell({"event": row})
 
-    def planned(self, plan: Plan, *, seconds: float) -> None:
-        """A generation begins."""
+    def planned(self, plan: Plan, *, seconds: float, limits: Sequence[str] = ()) -> None:
+        """A generation begins. `limits` say what its snapshots cannot survive."""
         self._mark("controller and plan")
         self.generation, self.plan = plan.generation, plan
         if self._open is not None:
@@ -110,13 +110,14 @@ class Journal:
             self._open.steps_lost = max(0, self.reached - plan.source.step)
         self.event(
             "plan",
-            reason=plan.reason,
+            reason="; ".join([plan.reason, *limits]),
             step=plan.source.step,
             layout=str(plan.layout),
             schedule=plan.schedule,
             num_microbatches=plan.num_microbatches,
             seats=[seat.worker for seat in plan.seats],
             tolerate=plan.tolerate,
+            limits=list(limits),
             tier=plan.source.tier,
             options=[str(option) for option in plan.options],
             plan_s=seconds,
@@ -197,8 +198,8 @@ class Journal:
 
     def _row(self, row: Mapping[str, Any], plan: Plan) -> None:
         now = time.monotonic()
-        self._dir.metric(row)
         row = {**row, "tolerance": self.tolerance}
+        self._dir.metric(row)
         self._telemetry.step(row)
         while self._rows and self._rows[-1]["step"] >= row["step"]:
             self._rows.pop()

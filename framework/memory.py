@@ -11,23 +11,33 @@ Rule of this file: it asks and tells vaults; what decodes is judged by `fault_to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+from fault_tolerance.budget import budget, check
 from fault_tolerance.catalogue import Catalogue, Snapshot, catalogue
-from fault_tolerance.placement import plan_groups
-from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.placement import Group, limits, plan_groups
+from fault_tolerance.slab import slab_of
+from fault_tolerance.snapshot_plan import SnapshotPlan, deadline_s
 from fault_tolerance.vault_client import VaultClient
 from fault_tolerance.wire import Refused, WireError
 from framework.cluster import CallError, Remote
 from framework.config import Config
 from framework.plan import Plan
+from framework.plan import Refused as NoPlan
 from framework.pool import PoolError
+from framework.snapshot_log import SnapshotLog
+from framework.vault_watch import VaultWatch
 from parallel.atlas import Atlas
 from parallel.layout import Layout
 
 ASK_S = 5.0
+TRIES = 2
+SILENT_S = 20.0  # a vault that says nothing for so long is given up; one whose process ended is known at once
 
 
 class Memory:
@@ -37,14 +47,13 @@ class Memory:
         self._keeping, self._schedule = config.fault_tolerance, config.layout.schedule
         self._run, self._secret, self._atlas = run_id, bytes.fromhex(secret), atlas
         self._clients: dict[str, VaultClient] = {}
-        self._seen: dict[str, int] = {}
+        self._watches: dict[str, VaultWatch] = {}
+        self._silent_s = max(SILENT_S, 3 * config.detect.ping_timeout_s)
         self._catalogue = Catalogue((), ())
         self._rejected: set[tuple[int, int]] = set()
-        self._plan: SnapshotPlan | None = None
-        self._parts: dict[int, dict[str, Mapping[str, Any]]] = {}
+        self._log: SnapshotLog | None = None
         self.lost: frozenset[str] = frozenset()
         self.generation = 0
-        self.protected: int | None = None
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -97,83 +106,96 @@ class Memory:
         Raises PoolError if a vault cannot take it up.
         """
         self._connect(agents)
-        size = self._keeping.group_size or len(plan.nodes)
-        base = self.snapshot.key if self.snapshot is not None and plan.source.tier == "memory" else None
+        base = self.snapshot if plan.source.tier == "memory" else None
         rate = self._keeping.max_rate_mb_s
         snapshots = SnapshotPlan(
             run=self._run,
             generation=plan.generation,
             atlas=self._atlas(plan.layout, plan.schedule),
             seats=plan.node_of_rank,
-            groups=plan_groups(dict(plan.domains), tolerate=plan.tolerate, group_size=max(size, plan.tolerate + 1)),
+            groups=self._groups(plan),
             addresses={node: self._clients[node].address for node in plan.nodes},
             chunk_bytes=self._keeping.chunk_bytes,
             max_rate_bytes_s=None if rate is None else rate * 1e6,
             scrub_bytes_s=self._keeping.scrub_mb_s * 1e6,
-            base=base,
+            base=None if base is None else base.key,
         )
+        snapshots = replace(snapshots, deadline_s=deadline_s(snapshots))
         opened = self._all(lambda client: client.open(snapshots), only=plan.nodes)
         missing = sorted(set(plan.nodes) - {node for node, answer in opened.items() if answer is not None})
         if missing:
             raise PoolError(f"vaults of {', '.join(missing)} did not take up generation {plan.generation}")
-        self._plan, self._parts, self.lost, self.protected = snapshots, {}, frozenset(), None
-        restore = self.snapshot.to_json() if base is not None and self.snapshot is not None else None
-        return {"snapshots": snapshots.to_json(), "restore": restore}
+        self._log, self.lost = SnapshotLog(snapshots, base), frozenset()
+        return {"snapshots": snapshots.to_json(), "restore": None if base is None else base.to_json()}
 
-    def poll(self) -> Iterator[dict[str, Any]]:
-        """The snapshots that have come to an end since the last time, as events; notes vaults that are gone."""
-        plan = self._plan
-        if plan is None:
-            return
-        lost = set(self.lost)
-        for node in plan.nodes:
-            client = self._clients.get(node)
-            try:
-                events = client.watch(self._seen.get(node, 0)) if client is not None else []
-            except (WireError, Refused):
-                lost.add(node)
+    def poll(self, *, last: bool = False) -> list[dict[str, Any]]:
+        """Events on snapshots that have come to an end, and on damage; notes vaults that are gone. Never waits.
+
+        `last`: the generation is over, so each vault is asked once more, and nothing is held back.
+        """
+        if self._log is None:
+            return []
+        for node in self._log.plan.nodes:
+            watch, client = self._watches.get(node), self._clients.get(node)
+            if watch is None or client is None:
+                self.lost |= {node}
                 continue
-            for event in events:
-                self._seen[node] = int(event["number"])
-                yield from self._heard(plan, node, event)
-        self.lost = frozenset(lost)
+            if last and not watch.lost:
+                with contextlib.suppress(WireError, Refused):
+                    watch.catch_up(client)
+            for event in watch.events():
+                self._log.hear(node, event)
+            if watch.lost:
+                self.lost |= {node}
+        return [{**event, "tolerance": self.tolerance()} for event in self._log.take(last=last)]
+
+    @property
+    def protected(self) -> int | None:
+        """The newest step of this generation that any tolerated loss leaves decodable."""
+        return None if self._log is None else self._log.protected
 
     def tolerance(self) -> int:
         """How many more nodes may be lost now, whichever they are, and the state still be decoded."""
-        if self._plan is None or self.protected is None:
-            return 0
-        return min(group.m for group in self._plan.groups)
+        if self._log is not None:
+            return self._log.tolerance(self.lost)
+        return 0 if self.snapshot is None else self.snapshot.spare
+
+    def limits(self, plan: Plan) -> tuple[str, ...]:
+        """What a plan's snapshots cannot survive, in sentences."""
+        return () if self._keeping.every_steps == 0 else limits(self._groups(plan), dict(plan.domains))
+
+    def check_room(self, plan: Plan, agents: Mapping[str, Remote]) -> None:
+        """Refuse a plan whose snapshots do not fit into the memory that its nodes have free now, with the numbers.
+
+        Raises Refused. A node that does not answer is not checked.
+        """
+        if self._keeping.every_steps == 0:
+            return
+        calls = {node: agents[node].call("facts") for node in plan.nodes if node in agents}
+        facts: dict[str, Mapping[str, Any]] = {}
+        deadline = time.monotonic() + ASK_S
+        for node, call in calls.items():
+            with contextlib.suppress(CallError, TimeoutError):
+                facts[node] = call.result(max(0.0, deadline - time.monotonic()))
+        atlas = self._atlas(plan.layout, plan.schedule)
+        kept = {node: sum(slab_of(atlas, rank).nbytes for rank in plan.ranks_on(node)) for node in plan.nodes}
+        needs = budget(self._groups(plan), kept, chunk_bytes=self._keeping.chunk_bytes)
+        try:
+            check(needs, {n: f["room"] for n, f in facts.items()}, {n: int(f["held_bytes"]) for n, f in facts.items()})
+        except ValueError as error:
+            raise NoPlan(str(error)) from error
 
     def forget(self, node: str) -> None:
         """A node is gone."""
-        client = self._clients.pop(node, None)
+        client, watch = self._clients.pop(node, None), self._watches.pop(node, None)
         if client is not None:
             client.close()
+        if watch is not None:
+            watch.close()
 
-    def _heard(self, plan: SnapshotPlan, node: str, event: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        if event["kind"] != "snapshot" or event.get("generation") != plan.generation:
-            return
-        step = int(event["step"])
-        parts = self._parts.setdefault(step, {})
-        parts[node] = event
-        if len(parts) < len(plan.nodes):
-            return
-        del self._parts[step]
-        protected = all(part["state"] == "protected" for part in parts.values())
-        if protected:
-            self.protected = max(step, self.protected or 0)
-        yield {
-            "step": step,
-            "reason": "protected" if protected else next(str(p["reason"]) for p in parts.values() if p["state"] != "protected"),
-            "protected": protected,
-            "bytes": sum(int(part["bytes"]) for part in parts.values()),
-            "wire_bytes": sum(int(part["wire_bytes"]) for part in parts.values()),
-            **{
-                name: max(float(part.get(name, 0.0)) for part in parts.values())
-                for name in ("copy_s", "stage_s", "encode_s", "total_s")
-            },
-            "tolerance": self.tolerance(),
-        }
+    def _groups(self, plan: Plan) -> tuple[Group, ...]:
+        size = self._keeping.group_size or len(plan.nodes)
+        return plan_groups(dict(plan.domains), tolerate=plan.tolerate, group_size=max(size, plan.tolerate + 1))
 
     def _connect(self, agents: Mapping[str, Remote]) -> None:
         for node in set(self._clients) - set(agents):
@@ -185,7 +207,7 @@ class Memory:
             except (CallError, TimeoutError):
                 continue  # it is still starting, or gone: the pool knows
             self._clients[node] = VaultClient(address, run=self._run, secret=self._secret, timeout_s=ASK_S)
-            self._seen[node] = 0
+            self._watches[node] = VaultWatch(address, run=self._run, secret=self._secret, silent_s=self._silent_s)
 
     def _all(
         self, ask: Callable[[VaultClient], Any], *, only: tuple[str, ...] | None = None
@@ -199,7 +221,7 @@ class Memory:
 
 
 def _answer(ask: Callable[[VaultClient], Any], client: VaultClient) -> Any:
-    try:
-        return ask(client) or {}
-    except (WireError, Refused):
-        return None
+    for _ in range(TRIES):  # a vault that is gone says so at once; one on a busy machine gets a second chance
+        with contextlib.suppress(WireError, Refused):
+            return ask(client) or {}
+    return None

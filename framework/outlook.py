@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-import psutil
-
 from fault_tolerance import budget as memory_budget
 from fault_tolerance.placement import limits, plan_groups
+from fault_tolerance.room import room
 from fault_tolerance.slab import slab_of
 from framework.config import Config
 from framework.plan import Place, Plan, Source, make_plan
@@ -53,10 +52,9 @@ def node_bytes(plan: Plan, atlas: Atlas) -> dict[str, int]:
     return {node: sum(slab_of(atlas, rank).nbytes for rank in plan.ranks_on(node)) for node in plan.nodes}
 
 
-def check_budget(config: Config, plan: Plan, atlas: Atlas, free_bytes: Mapping[str, int]) -> None:
-    """Refuse snapshots that do not fit into the nodes' memory. Raises ValueError with the numbers."""
-    if config.fault_tolerance.every_steps != 0:
-        memory_budget.check(_budget(config, plan, atlas), free_bytes)
+def _check_here(budget: Mapping[str, memory_budget.NodeBudget]) -> None:
+    here = room()
+    memory_budget.check(budget, dict.fromkeys(budget, here))
 
 
 def _budget(config: Config, plan: Plan, atlas: Atlas) -> dict[str, memory_budget.NodeBudget]:
@@ -95,13 +93,16 @@ def _protection(config: Config, plan: Plan, atlas: Atlas) -> Iterator[tuple[str,
     for line in limits(plan_groups(dict(plan.domains), tolerate=plan.tolerate, group_size=size), dict(plan.domains)):
         yield "limit", line
     budget = _budget(config, plan, atlas)
-    free = psutil.virtual_memory().available
     for need in budget.values():
         yield "memory", str(need)
     if config.cluster.address == "local":
         total = sum(need.total_bytes for need in budget.values())
-        yield "memory", f"{_mib(total)} in all, {_mib(free)} free on this machine, which emulates every node"
-        memory_budget.check(budget, {node: free // max(1, len(budget)) for node in budget})
+        free = ", ".join(f"{pool} {_mib(left)}" for pool, left in sorted(room().items()))
+        yield "memory", f"{_mib(total)} in all; free on this machine, which emulates every node: {free}"
+        _check_here(budget)
+    else:
+        yield "memory", "each node's own free memory is asked when the run starts, and a plan that does not fit is refused"
+    yield "memory", "snapshots live in memfds: they count as memory, and the size of /dev/shm is no limit to them"
 
 
 def _mib(num_bytes: float) -> str:

@@ -14,8 +14,6 @@ from torch import Tensor
 from fault_tolerance.snapshot import Snapshotter
 from fault_tolerance.snapshot_plan import SnapshotPlan
 
-SAFE_S = 120.0
-
 
 class NotProtected(RuntimeError):
     """The last snapshot of a generation could not be made safe; its cause is in the vaults."""
@@ -27,6 +25,7 @@ class Staging:
     def __init__(self, plan: SnapshotPlan, *, rank: int, secret: bytes) -> None:
         """Attach to this node's vault. Raises WireError or Refused."""
         self._snapshotter = Snapshotter(plan, rank=rank, secret=secret)
+        self._patience_s = plan.deadline_s
 
     def ready(self) -> bool:
         """Whether there is room for another snapshot."""
@@ -50,12 +49,17 @@ class Staging:
             raise NotProtected(f"no room for another snapshot: {self._why()}")
         return self._snapshotter.ready()
 
+    def why_not_ready(self) -> str:
+        """Why a snapshot that is due is left out, on all ranks alike; this rank's reason, if it is one of those."""
+        return self._snapshotter.failure or "the one before is not protected yet: it takes longer than the interval"
+
     def finish(self, step: int) -> None:
         """Wait until the snapshot of `step` is protected. Raises NotProtected."""
         self._snapshotter.gate()
-        deadline = time.monotonic() + SAFE_S
+        deadline = time.monotonic() + self._patience_s
         while not self._is_safe(step):
-            if self._snapshotter.failure or self._snapshotter.fenced or time.monotonic() > deadline:
+            given_up = self._snapshotter.ready() and not self._is_safe(step)  # there is room again, and it is not safe
+            if given_up or self._snapshotter.failure or self._snapshotter.fenced or time.monotonic() > deadline:
                 raise NotProtected(f"the snapshot of step {step} is not protected: {self._why()}")
             time.sleep(0.005)
 
@@ -68,4 +72,6 @@ class Staging:
         return protected is not None and protected >= step
 
     def _why(self) -> str:
-        return self._snapshotter.failure or ("a newer generation is open" if self._snapshotter.fenced else "it takes too long")
+        if self._snapshotter.fenced:
+            return "a newer generation is open"
+        return self._snapshotter.failure or self._snapshotter.missed or "the vaults gave it up, or it takes too long"

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fault_tolerance.interval import Interval
 from framework.faults import FaultInjector
 from parallel.engine import Engine
 
@@ -51,6 +52,8 @@ class Snapshots(Protocol):
 
     def has_room(self) -> bool: ...
 
+    def why_not_ready(self) -> str: ...
+
 
 class Record(Protocol):
     """Where it is noted what this rank does (`framework.recording`)."""
@@ -64,7 +67,10 @@ class Record(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """The numbers the loop needs. `tokens_per_step` is that of the global batch; `every_steps` 0 means never."""
+    """The numbers the loop needs. `tokens_per_step` is that of the global batch.
+
+    `interval` is how often to snapshot, by what one costs and a step takes, in seconds; 0 steps means never.
+    """
 
     num_steps: int
     global_batch: int
@@ -72,7 +78,7 @@ class TrainSettings:
     grad_clip: float
     eval_every: int
     held_out_tokens: int
-    interval: Callable[[float, float], int]
+    interval: Callable[[float, float], Interval]
     max_skips: int
 
 
@@ -119,14 +125,18 @@ class Trainer:
         settings: TrainSettings,
         emit: Callable[[dict[str, Any]], None],
         record: Record | None = None,
+        reseed: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._engine, self._feed, self._lr = engine, feed, learning_rate
         self._snapshots, self._faults, self._settings = snapshots, faults, settings
         self._sum, self._num_ranks, self._emit, self._record = sum_over_ranks, num_ranks, emit, record
+        self._reseed = reseed
         self._stop = threading.Event()
         self._pass_s = 0.0
         self._last_step_s = 0.0
         self._last_snapshot = -1
+        self._stall_s = 0.0
+        self._said_every = 0
         self._skips = 0
         self.progress: tuple[int, str] = (0, "start")
 
@@ -136,7 +146,7 @@ class Trainer:
 
     def run(self, step: int) -> Outcome:
         """Train from `step` optimizer steps taken to `num_steps`. Raises RuntimeError when a collective fails."""
-        if self._settings.interval(0.0, 0.0) > 0:
+        if self._settings.interval(0.0, 0.0).steps > 0:
             self._snapshot(step, must=True)
         while step < self._settings.num_steps:
             began = time.monotonic()
@@ -161,6 +171,8 @@ class Trainer:
 
     def _pass(self, step: int) -> Report:
         """Forward, backward and the one report all-reduce of a step."""
+        self._reseed(step)
+        self._stall_s = 0.0
         self._phase(step, "forward", expected_s=self._pass_s)
         self._faults.at(step, "backward", expected_s=self._pass_s)
         began = time.monotonic()
@@ -198,7 +210,7 @@ class Trainer:
     def _update(self, step: int, report: Report) -> None:
         self._phase(step, "gate")
         if self._snapshots is not None:
-            self._snapshots.gate()
+            self._stall_s = self._snapshots.gate()
         self._phase(step, "optimizer")
         clip = self._settings.grad_clip
         scale = min(1.0, clip / (report.grad_norm + 1e-6)) if clip > 0 else 1.0
@@ -207,12 +219,17 @@ class Trainer:
     def _due(self, step: int, report: Report) -> bool:
         if self._snapshots is None:
             return False
-        every = self._settings.interval(report.snapshot_cost_s, report.step_time_s)
-        return every > 0 and step - max(self._last_snapshot, 0) >= every
+        interval = self._settings.interval(report.snapshot_cost_s, report.step_time_s)
+        due = interval.steps > 0 and step - max(self._last_snapshot, 0) >= interval.steps
+        if due and interval.reason and abs(interval.steps - self._said_every) * 4 > self._said_every:
+            self._said_every = interval.steps
+            self._emit({"event": "snapshot", "step": step, "every_steps": interval.steps, "reason": interval.reason})
+        return due
 
     def _take(self, step: int, report: Report, *, last: bool) -> None:
         if report.defer and not last:
-            self._emit({"event": "snapshot", "step": step, "skipped": True, "reason": "the one before is not protected"})
+            assert self._snapshots is not None, "only snapshots defer"
+            self._emit({"event": "snapshot", "step": step, "skipped": True, "reason": self._snapshots.why_not_ready()})
             return
         self._snapshot(step, must=last)
 
@@ -266,6 +283,7 @@ class Trainer:
             "samples": [(step - 1) * settings.global_batch, step * settings.global_batch - 1],
             "step_time_s": self._last_step_s,
             "tokens_per_s": settings.tokens_per_step / self._last_step_s,
+            "snapshot_stall_ms": 1e3 * self._stall_s,
         } | ({} if report.finite else {"skipped": True})
 
 

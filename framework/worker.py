@@ -25,7 +25,7 @@ import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
 from fault_tolerance.catalogue import Snapshot
-from fault_tolerance.interval import choose
+from fault_tolerance.interval import fixed, young
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import arm
 from framework.build import device_kind, make_engine, make_feed, make_schedule, model_builder, open_data
@@ -38,6 +38,7 @@ from framework.plan import Plan
 from framework.recording import Recording
 from framework.restoring import RestoreFailed, restore, tensor_reader
 from framework.staging import Staging
+from framework.streams import seed_streams
 from framework.trainer import Outcome, Trainer, TrainSettings
 from parallel.assemble import meta
 from parallel.engine import Engine
@@ -239,6 +240,7 @@ class Worker:
             if reporter
             else (lambda item: None),
             record=recording,
+            reseed=lambda step: seed_streams(config.seed, step, mesh.seat[:2]),
         )
         try:
             outcome = trainer.run(start)
@@ -258,7 +260,7 @@ class Worker:
             grad_clip=config.optim.grad_clip,
             eval_every=config.monitor.eval_every,
             held_out_tokens=held_out_tokens,
-            interval=lambda cost_s, step_s: every if isinstance(every, int) else _auto_steps(cost_s, step_s, mtbf_s),
+            interval=lambda cost_s, step_s: fixed(every) if isinstance(every, int) else young(cost_s, step_s, mtbf_s),
             max_skips=config.detect.max_skips,
         )
 
@@ -296,11 +298,6 @@ class Worker:
             if not self._done.is_set() and time.monotonic() - self._heard > LEASE_S:
                 print(f"lease: no word from the controller for {LEASE_S:.0f} s; leaving the crew", flush=True)
                 self.abort(self._generation)
-
-
-def _auto_steps(cost_s: float, step_s: float, mtbf_s: float) -> int:
-    """Steps between snapshots by Young's rule; every step while nothing has been measured."""
-    return choose(cost_s=cost_s, mtbf_s=mtbf_s, step_s=step_s).steps if step_s > 0 else 1
 
 
 def _is_collective(error: Exception) -> bool:

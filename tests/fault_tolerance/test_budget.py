@@ -45,15 +45,33 @@ def test_without_parity_there_is_only_the_arena() -> None:
     assert (need.arena_bytes, need.parity_bytes, need.transfer_bytes) == (2 * PAGE_BYTES, 0, 0)
 
 
+def rooms(plan, free):
+    return {node: {f"machine {node}": free} for node in plan}
+
+
 def test_a_plan_that_does_not_fit_is_refused_with_numbers() -> None:
     plan = needs(4, 1, 3 * GIB)
-    check(plan, dict.fromkeys(plan, 9 * GIB), dict.fromkeys(plan, 8 * GIB))
+    check(plan, rooms(plan, 9 * GIB))
     check(plan, {})
     with pytest.raises(ValueError) as refused:
-        check(plan, {**dict.fromkeys(plan, 9 * GIB), "n2": 8 * GIB}, {"n1": 7 * GIB})
+        check(plan, rooms(plan, 9 * GIB) | {"n2": {"machine n2": 9 * GIB, "cgroup 7": 8 * GIB}})
     text = str(refused.value)
-    assert "n2: 8.02 GiB = arenas 6.00 GiB + parity 2.00 GiB" in text and "only 8.00 GiB is free" in text
-    assert "n1: 8.00 GiB of shared memory, but /dev/shm has room for 7.00 GiB" in text
-    assert "n0" not in text and "fault_tolerance.tolerate" in text
+    assert "n2: 8.02 GiB = arenas 6.00 GiB + parity 2.00 GiB" in text and "only 8.00 GiB is free (cgroup 7)" in text
+    assert "n0" not in text and "fault_tolerance.tolerate" in text and "\n" not in text
     with pytest.raises(ValueError, match="chunk_bytes must be > 0, got 0"):
         needs(4, 1, 1, chunk_bytes=0)
+
+
+def test_nodes_that_share_a_machine_must_fit_into_it_together() -> None:
+    """Four emulated nodes each fitted into the free memory of the one machine, and together took four times that."""
+    plan = needs(4, 1, 3 * GIB)
+    check(plan, {key: {"machine a": 33 * GIB} for key in plan})
+    with pytest.raises(ValueError, match=r"n0..n3, which share machine a, need 32.09 GiB, but only 20.00 GiB is free"):
+        check(plan, {key: {"machine a": 20 * GIB} for key in plan})
+
+
+def test_memory_that_a_vault_has_already_is_not_asked_for_again() -> None:
+    plan = needs(4, 1, 3 * GIB)
+    check(plan, rooms(plan, GIB), dict.fromkeys(plan, 8 * GIB))
+    with pytest.raises(ValueError, match=r"of which 4.00 GiB are there already, but only 1.00 GiB is free"):
+        check(plan, rooms(plan, GIB), dict.fromkeys(plan, 8 * GIB) | {"n1": 4 * GIB})

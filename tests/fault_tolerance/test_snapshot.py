@@ -124,6 +124,9 @@ def test_the_gate_waits_for_the_copy_and_says_how_long(cluster):
     assert slow[0].gate() == 0.0
     assert slow[0].cost_s() >= slow[0].stall_s > 0
     wait_until(lambda: all(s.protected == 1 for s in slow))
+    said = [e for v in cluster.vaults.values() for e in v.client.watch(0) if e["kind"] == "gated"]
+    said = {e["rank"]: e["stall_s"] for e in said if e["generation"] == plan.generation}
+    assert said == {s.rank: stall for s, stall in zip(slow, stalls, strict=True)}
 
 
 def test_a_gate_with_nothing_to_wait_for_costs_nothing(cluster):
@@ -177,7 +180,8 @@ def test_a_dead_vault_never_stops_the_trainer():
         mine.gate()
 
 
-def test_a_stopped_vault_does_not_hold_up_the_gate_for_ever():
+def test_a_stopped_vault_holds_up_one_gate_and_costs_one_snapshot():
+    """One snapshot that a vault on a busy machine was too slow for used to end all snapshots of the generation."""
     with VaultCluster(1) as vaults:
         plan = vaults.plan(atlas_of("1x1x1"), tolerate=0)
         vaults.open(plan)
@@ -185,8 +189,13 @@ def test_a_stopped_vault_does_not_hold_up_the_gate_for_ever():
         process.suspend()
         vaults.snapshotters[0].begin(1, {}, shards(plan.atlas, 0, whole_state(plan.atlas, 1)))
         assert 4 < vaults.snapshotters[0].gate() < 7
-        assert "answer" in vaults.snapshotters[0].failure
+        assert "answer" in vaults.snapshotters[0].missed
         process.resume()
+        vaults.protect(plan, 2, whole_state(plan.atlas, 2))
+        assert vaults.snapshotters[0].failure == ""
+        events = [e for e in vaults.vaults["n0"].client.watch(0) if e["kind"] == "snapshot"]
+        assert [(e["step"], e["state"]) for e in events] == [(1, "abandoned"), (2, "protected")]
+        assert "rank 0" in events[0]["reason"] and "answer" in events[0]["reason"]
 
 
 @pytest.mark.parametrize("moment", ["before", "while copying", "copied"])
@@ -252,7 +261,7 @@ def test_the_memory_of_surviving_workers_is_used_again_by_the_next_generation(cl
     assert cluster.vaults["n0"].client.status()["memory_bytes"] == before
 
 
-def test_two_hundred_snapshots_leak_nothing(cluster):
+def test_five_hundred_snapshots_leak_nothing(cluster):
     plan = next_generation(cluster, atlas_of("1x3x1", width=48))
     state = whole_state(plan.atlas, 0)
     live = [shards(plan.atlas, rank, state) for rank in range(3)]
@@ -269,7 +278,7 @@ def test_two_hundred_snapshots_leak_nothing(cluster):
 
     take(1, 60)
     before = [(p.memory_info().rss, p.num_fds(), p.num_threads()) for p in processes]
-    take(60, 260)
+    take(60, 560)
     time.sleep(0.5)
     after = [(p.memory_info().rss, p.num_fds(), p.num_threads()) for p in processes]
     for (rss, fds, threads), (rss_after, fds_after, threads_after) in zip(before, after, strict=True):
