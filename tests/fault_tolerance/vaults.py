@@ -83,8 +83,8 @@ def same_bits(a: Tensors, b: Tensors) -> bool:
 class VaultProcess:
     """One `python -m fault_tolerance.vault`."""
 
-    def __init__(self, node: str, run: str, secret: bytes) -> None:
-        command = [sys.executable, "-m", "fault_tolerance.vault", "--node", node, "--run", run]
+    def __init__(self, node: str, run: str, secret: bytes, *, module: Sequence[str] = ("fault_tolerance.vault",)) -> None:
+        command = [sys.executable, "-m", *module, "--node", node, "--run", run]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)  # type: ignore[call-overload]
@@ -127,9 +127,9 @@ class VaultCluster:
         self.snapshotters: list[Snapshotter] = []
         self.add(f"n{i}" for i in range(num_nodes))
 
-    def add(self, nodes: Iterable[str]) -> None:
+    def add(self, nodes: Iterable[str], **options: Any) -> None:
         """Start vaults."""
-        started = [VaultProcess(node, self.run, self.secret) for node in nodes]
+        started = [VaultProcess(node, self.run, self.secret, **options) for node in nodes]
         self.vaults.update({vault.node: vault.wait() for vault in started})
 
     def __enter__(self) -> VaultCluster:

@@ -1,0 +1,230 @@
+"""What snapshots cost training: no snapshots, ours, torch.save, dcp.save, dcp.async_save by thread and by process.
+
+    two data-parallel ranks train; ours has two vaults, each as busy as on a machine of its own, on the same cores
+    a round = a block of steps for every way, in turn, each round starting with another one
+
+"stall" is what a step waits in the call and before the optimizer, by the slowest rank; "extra" is what a block took
+longer than the steps of the round's blocks without snapshots, all waiting at the block's end included, by snapshot.
+The others write into a tmpfs, without disk and without parity; ours is protected against the loss of a node.
+
+    python -m benchmarks.snapshot [--presets 20m] [--rounds 4] [--ways ...] [--steps 10]
+
+It writes `benchmarks/results/snapshot.json` and `.md`, the goals that are missed included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fault_tolerance.placement import plan_groups
+from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.vault_client import VaultClient
+from framework.model import Decoder
+from parallel.atlas import Atlas
+from parallel.layout import Layout
+from parallel.specs import state_specs
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+WAYS = ("none", "holdfast", "torch.save", "dcp.save", "async_save thread", "async_save process")
+VOCAB = 259
+NODES = ("n0", "n1")
+
+
+def main() -> None:
+    """Measure, print, and write the results; presets that are not measured keep their last figures."""
+    options = _options()
+    file = options.out / "snapshot.json"
+    report = json.loads(file.read_text()) if file.exists() else {}
+    for preset in options.presets:
+        report[preset] = _preset(preset, options)
+    options.out.mkdir(exist_ok=True, parents=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "snapshot.md").write_text(_markdown(report))
+    print(_markdown(report))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["20m"])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10, help="steps of a block with one snapshot")
+    parser.add_argument("--every-step", type=int, default=4, help="steps of a block with a snapshot each; 0: none")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS))
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=2, help="sequences of each rank and step")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def _preset(preset: str, options: argparse.Namespace) -> dict[str, Any]:
+    values = yaml.safe_load((ROOT / "configs" / "model" / f"{preset}.yaml").read_text())
+    model = {key: value for key, value in values.items() if not key.startswith("_")} | {"vocab_size": VOCAB}
+    with torch.device("meta"):
+        whole = Decoder(**model)
+    atlas = Atlas(state_specs(whole), Layout(dp=2), "1f1b", model["num_layers"])
+    run, secret = "bench" + secrets.token_hex(4), secrets.token_bytes(16)
+    vaults = [_vault(node, run, secret) for node in NODES]
+    try:
+        addresses = {node: json.loads(vault.stdout.readline())["address"] for node, vault in zip(NODES, vaults, strict=True)}  # type: ignore[union-attr]
+        plan = SnapshotPlan(
+            run=run,
+            generation=1,
+            atlas=atlas,
+            seats=NODES,
+            groups=plan_groups(dict.fromkeys(NODES), tolerate=1, group_size=2),
+            addresses=addresses,
+            chunk_bytes=4 << 20,
+            scrub_bytes_s=16e6,
+        )
+        clients = [VaultClient(address, run=run, secret=secret) for address in addresses.values()]
+        for client in clients:
+            client.open(plan)
+        with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="bench-") as folder:
+            rows = _ranks(_job(plan, secret, model, folder, options))
+        seconds = [e for c in clients for e in c.watch(0) if e["kind"] == "snapshot" and e["state"] == "protected"]
+    finally:
+        for vault in vaults:
+            vault.stdin.close()  # type: ignore[union-attr]
+            vault.wait(10)
+    state = sum(plan.node_bytes(node) for node in NODES)
+    parts = {k: statistics.median(e[k] for e in seconds) for k in ("copy_s", "hash_s", "encode_s", "total_s")}
+    return {"machine": _machine(), "rounds": options.rounds, "state": state, "vaults": parts, "rows": rows,
+            "tokens": 2 * options.batch * options.seq_len}  # fmt: skip
+
+
+def _job(plan: SnapshotPlan, secret: bytes, model: dict[str, Any], folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    blocks = [(options.steps, options.steps)] + ([(1, options.every_step)] if options.every_step else [])
+    return {
+        "plan": plan.to_json(), "secret": secret.hex(), "model": model, "folder": folder, "out": f"{folder}/rows.json",
+        "rounds": options.rounds, "ways": options.ways, "blocks": blocks, "port": _port(),
+        "batch": options.batch, "seq_len": options.seq_len,
+    }  # fmt: skip
+
+
+def _vault(node: str, run: str, secret: bytes) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fault_tolerance.vault", "--node", node, "--run", run]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    vault = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert vault.stdin is not None
+    vault.stdin.write(secret.hex() + "\n")
+    vault.stdin.flush()
+    return vault
+
+
+def _ranks(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run both ranks to their end. Raises RuntimeError if one fails."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    file = Path(job["folder"]) / "job.json"
+    file.write_text(json.dumps(job))
+    command = [sys.executable, str(Path(__file__).with_name("snapshot_rank.py"))]
+    ranks = [subprocess.Popen([*command, str(rank), str(file)], env=environment) for rank in range(2)]
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.2)
+        if any(rank.poll() for rank in ranks):
+            raise RuntimeError("a rank failed; its output is above")
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    rows: list[dict[str, Any]] = json.loads(Path(job["out"]).read_text())
+    return rows
+
+
+def _port() -> int:
+    """Two free ports in a row, most likely."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _machine() -> dict[str, Any]:
+    load = round(os.getloadavg()[0], 1)
+    return {"cores": os.cpu_count(), "load": load, "python": platform.python_version(), "torch": torch.__version__}
+
+
+def cells(found: dict[str, Any], way: str, every: str) -> dict[str, float] | None:
+    """Medians over rounds of one way at one interval: step, stall and extra seconds a snapshot, share of time lost."""
+    rows = [r for r in found["rows"] if r["way"] == way and (r["every"] == 1) == (every == "every step")]
+    if not rows:
+        return None
+    extra, lost = [], []
+    for row in rows:
+        quiet = [t for r in found["rows"] if r["way"] == "none" and r["round"] == row["round"] for t in r["times"]]
+        base = statistics.median(quiet) * row["steps"]
+        extra.append((row["seconds"] - base) / max(1, row["number"]))
+        lost.append(row["seconds"] / base - 1)
+    return {
+        "step": statistics.median(t for row in rows for t in row["times"]),
+        "stall": statistics.median(row["stall"] for row in rows),
+        "extra": statistics.median(extra),
+        "lost": statistics.median(lost),
+    }
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    lines = [
+        "# What snapshots cost training",
+        "",
+        "Two data-parallel ranks and two vaults on the same two cores, one thread each. Medians over interleaved rounds.",
+        "stall: what one step waits for one snapshot, by the slowest rank. extra: how much longer training took, by snapshot,",
+        "until all was written (ours: protected on both nodes). The others write into a tmpfs: no disk, no parity.",
+        "The noise of `extra` is the spread of the `none` rows.",
+    ]
+    for preset, found in report.items():
+        machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+        parts = ", ".join(f"{k.removesuffix('_s')} {v:.2f} s" for k, v in found["vaults"].items())
+        title = f"## {preset}: {found['state'] / 1e6:.0f} MB of state, {found['tokens']} tokens a step"
+        lines += ["", title, "", f"{found['rounds']} rounds; {machine}. Ours in the vaults: {parts}.", ""]
+        lines += [*_table(found), "", *_goals(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    lines = ["| | interval | step s | stall ms | stall / step | extra s | slowdown |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    base = cells(found, "none", "every 10")
+    for every in ("every 10", "every step"):
+        for way in WAYS:
+            cell = cells(found, way, every)
+            if cell is not None and base is not None:
+                share = cell["stall"] / base["step"]
+                lines.append(
+                    f"| {way} | {'–' if way == 'none' else every} | {cell['step']:.3f} | {1e3 * cell['stall']:.1f} | {share:.2%} "
+                    f"| {cell['extra']:.3f} | {cell['lost']:+.1%} |"
+                )
+    return lines
+
+
+def _goals(found: dict[str, Any]) -> list[str]:
+    base, ours = cells(found, "none", "every 10"), cells(found, "holdfast", "every 10")
+    if base is None or ours is None:
+        return []
+    share = ours["stall"] / base["step"]
+    lines = [f"- stall at every 10 steps under 1% of the step: {share:.2%}, {'met' if share < 0.01 else '**missed**'}"]
+    for way in ("async_save thread", "async_save process"):
+        theirs = cells(found, way, "every 10")
+        if theirs is not None and theirs["extra"] > 0:
+            ratio = ours["extra"] / theirs["extra"]
+            text = f"- extra time a snapshot under a tenth of {way}'s: {ratio:.2f}"
+            lines.append(f"{text}, {'met' if ratio < 0.1 else '**missed**'}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A vault, or a worker's end of one, that kills itself with SIGKILL at one exact point of a snapshot's life.
+
+    python -m tests.fault_tolerance.dying POINT STEP --node a --run 7f3c        a vault, otherwise as it is
+    die_in(Snapshotter, "_copy", step=2, call=3)                                 in a worker of our own
+
+The point is a method of the real code; it dies as the method is entered (`call` times, for one that is called often).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from fault_tolerance import vault
+from fault_tolerance.agreement import Agreement
+from fault_tolerance.encoder import Encoder, _StripeJob
+from fault_tolerance.vault import Vault
+from fault_tolerance.vault_requests import Requests
+from fault_tolerance.version import State
+
+POINTS: dict[str, tuple[type, str, int]] = {
+    "before staging: a rank asks where to copy to": (Vault, "begin", 1),
+    "during staging: one of two ranks has copied": (Vault, "staged", 2),
+    "staged, and nobody was told": (Vault, "add_meta", 1),
+    "between staging and encoding: all were told": (Encoder, "_encode", 1),
+    "during encoding: the second chunk": (_StripeJob, "_push", 2),
+    "during transfer: another vault reads": (Requests, "read", 1),
+    "during transfer: a parity chunk comes": (Requests, "push", 2),
+    "encoded, and the coordinator was not told": (Vault, "report", 1),
+    "as the older step is about to be freed": (Vault, "drop_all", 1),
+    "as the older step is freed": (Vault, "drop", 1),
+    "protected, and the others were not told": (Agreement, "_tell", 1),
+}
+FREEING = ("drop_all", "drop")
+
+
+def die_in(owner: type, method: str, *, step: int, call: int) -> None:
+    """From now on this process dies at the `call`-th entry of a method that has to do with `step`."""
+    original, left = getattr(owner, method), [call]
+
+    def dying(self: Any, *args: Any, **options: Any) -> Any:
+        if _concerns(self, method, step, args):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **options)
+
+    setattr(owner, method, dying)
+
+
+def _concerns(self: Any, method: str, step: int, args: tuple[Any, ...]) -> bool:
+    if method in FREEING:  # of the older step, after the newer one became protected here
+        return any(v.step == step and v.state is State.PROTECTED for v in self.versions.values())
+    if isinstance(self, Vault) and method == "add_meta":
+        return args[0].step == step and args[1].node == self.node
+    found = [getattr(a, "step", a.get("step") if isinstance(a, dict) else a) for a in args]
+    return step in [*found, getattr(getattr(self, "_version", None), "step", None)]
+
+
+if __name__ == "__main__":
+    owner, method, call = POINTS[sys.argv[1]]
+    die_in(owner, method, step=int(sys.argv[2]), call=call)
+    vault.main(sys.argv[3:])
