@@ -107,7 +107,7 @@ def _bare(layout: str, side: str, options: argparse.Namespace) -> dict[str, Any]
         out = Path(place) / "times.json"
         words = {"pp": pp, "dp": dp, "tp": tp, "microbatches": 2 * pp if pp > 1 else 1, "steps": options.steps}
         words |= {"global-batch": 8, "seq-len": 256, "model": json.dumps(_model(options.model)), "out": out}
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(pp * dp * tp), "--master-port", "0"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(pp * dp * tp)]
         command += [str(ROOT / "benchmarks" / "step_time_bare.py"), *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
         _run(command)
         told = json.loads(out.read_text())

@@ -86,6 +86,19 @@ class Agent:
             "rss_bytes": own.rss,
         }
 
+    def vitals(self) -> dict[str, float]:
+        """The node's memory and traffic, in bytes (traffic since it booted), its load and processor use since the last time."""
+        memory, wire = psutil.virtual_memory(), psutil.net_io_counters()
+        return {
+            "free_bytes": memory.available,
+            "total_bytes": memory.total,
+            "cpu_percent": psutil.cpu_percent(),
+            "load": os.getloadavg()[0],
+            "sent_bytes": wire.bytes_sent,
+            "received_bytes": wire.bytes_recv,
+            "vault_bytes": self._vault.status()["memory_bytes"],
+        }
+
     def lend_rings(self, generation: int, ranks: list[int]) -> dict[int, str]:
         """Memory for the records of these ranks, as paths."""
         return self._rings.lend(generation, ranks)

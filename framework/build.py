@@ -16,6 +16,8 @@ from framework import data as data_source
 from framework.batching import Loader
 from framework.config import Config, ModelConfig
 from framework.config_rules import OWN_MODEL
+from framework.model import flops_per_token
+from framework.peak import peak_flops, shared
 from framework.schedule import Schedule
 from framework.windows import Data
 from parallel.assemble import meta
@@ -87,6 +89,19 @@ def make_engine(config: Config, mesh: Mesh, *, schedule: str, num_microbatches: 
         weight_decay=optim.weight_decay,
     )
     return FsdpEngine(model_builder(config), mesh=mesh, options=options)
+
+
+def make_mfu(config: Config, layout: Layout, *, workers_here: int) -> Callable[[float], float]:
+    """Model FLOPs utilisation as a function of a step's seconds. Measures the device's peak where no data sheet has it.
+
+    `workers_here`: how many of the layout's workers share this machine's processor.
+    """
+    optim, seq_len, device = config.optim, config.data.seq_len, device_kind(config.cluster.device)
+    flops = flops_per_token(meta(model_builder(config)), seq_len=seq_len) * optim.global_batch * seq_len
+    peak = peak_flops(device, precision=config.layout.precision)
+    if device == "cpu":
+        peak = shared(peak, workers_here=workers_here, threads=torch.get_num_threads())
+    return lambda step_s: flops / (step_s * peak * layout.world)
 
 
 def make_schedule(config: Config) -> Schedule:

@@ -37,6 +37,8 @@ from framework.rendezvous import Rendezvous
 from framework.response import Response
 from framework.sentinel import lend_rings
 from framework.startup import Startup
+from framework.telemetry_prometheus import Gauge, endpoint
+from framework.vitals import Vitals
 from framework.watch import Limits, Sight, judge
 from parallel.layout import Layout
 
@@ -55,7 +57,7 @@ class Controller:
         self._config = decode(config)
         self._run_id = run_id
         self._cluster = Cluster.inside(run_id)
-        self._journal = Journal(self._config, run_id, startup=Startup(**startup))
+        self._journal = Journal(self._config, run_id, gauge=self._gauge, startup=Startup(**startup))
         self._planner = Planner(self._config)
         self._rendezvous = Rendezvous(self._cluster.own_ip())
         self._memory = Memory(self._config, run_id=run_id, secret=secret, atlas=self._planner.atlas)
@@ -70,6 +72,15 @@ class Controller:
         self._summary: dict[str, Any] | None = None
         self._seen_since: dict[str, float] = {}
         self._response: Response | None = None
+        self._vitals = Vitals()
+
+    def _gauge(self) -> Gauge:
+        """Where Prometheus finds this run's gauges."""
+        if self._cluster.control is not None:
+            return endpoint(self._config.run_dir, self._cluster.own_ip())
+        from framework.ray_metrics import exported
+
+        return exported(self._run_id)
 
     def progress(self, since: int) -> dict[str, Any]:
         """Rows and events after number `since`, for whoever shows the run to a person."""
@@ -242,6 +253,7 @@ class Controller:
         self._journal.tolerance = self._memory.tolerance()
         for saved in self._durable.poll():
             self._journal.event("checkpoint", **saved)
+        self._journal.vitals |= self._vitals.poll(time.monotonic(), self._pool.agents, self._pool.workers)
 
     def _conclude(self, crew: Crew, leaving: Trouble | None) -> Trouble | None:
         outcomes = [view.outcome for view in crew.ranks if view.outcome is not None]

@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from framework import run_dir
@@ -24,6 +24,7 @@ from framework.plan import Plan
 from framework.run_dir import RunDir
 from framework.startup import Startup
 from framework.telemetry import Telemetry
+from framework.telemetry_prometheus import Gauge
 from framework.telemetry_sinks import make_sinks
 
 FOLLOWED = 20_000
@@ -32,12 +33,14 @@ FOLLOWED = 20_000
 class Journal:
     """The one writer of a run directory."""
 
-    def __init__(self, config: Config, run_id: str, *, startup: Startup | None = None) -> None:
-        """`startup`: what has been measured of the run's start so far; a run that was started before has none."""
+    def __init__(
+        self, config: Config, run_id: str, *, gauge: Callable[[], Gauge], startup: Startup | None = None
+    ) -> None:
+        """`gauge` opens what keeps Prometheus gauges. `startup`: what has been measured of the run's start so far."""
         self._dir = RunDir(config.run_dir)
         if not (self._dir.path / "config.yaml").exists():
             self._dir.write_config(plain(config))
-        sinks = make_sinks(config.monitor, directory=config.run_dir, run_id=run_id, config=plain(config))
+        sinks = make_sinks(config.monitor, directory=config.run_dir, run_id=run_id, config=plain(config), gauge=gauge)
         self._telemetry = Telemetry(sinks)
         self._rows = run_dir.metrics(config.run_dir)
         events = run_dir.events(config.run_dir)
@@ -59,6 +62,7 @@ class Journal:
         self._val_loss: float | None = None
         self.plan: Plan | None = None
         self.tolerance = 0
+        self.vitals: dict[str, float] = {}
 
     # facts
 
@@ -200,7 +204,7 @@ class Journal:
         now = time.monotonic()
         row = {**row, "tolerance": self.tolerance}
         self._dir.metric(row)
-        self._telemetry.step(row)
+        self._telemetry.step(row, self.vitals)
         while self._rows and self._rows[-1]["step"] >= row["step"]:
             self._rows.pop()
         self._rows.append(dict(row))

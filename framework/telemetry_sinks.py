@@ -12,16 +12,16 @@ from typing import Any, TextIO
 
 from framework.config import MonitorConfig
 from framework.telemetry import Entry, Happening, Numbers, Sink
+from framework.telemetry_prometheus import Gauge
 from framework.telemetry_wandb import WandbSink
 
-Gauge = Callable[[str, float], None]
 _COLUMNS = ("step", "loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "generation", "layout")
 
 
 def make_sinks(
-    monitor: MonitorConfig, *, directory: str | Path, run_id: str, config: Mapping[str, Any], gauge: Gauge | None = None
+    monitor: MonitorConfig, *, directory: str | Path, run_id: str, config: Mapping[str, Any], gauge: Callable[[], Gauge]
 ) -> dict[str, Sink]:
-    """The sinks that the config asks for, by name. `gauge(name, value)` sets a Prometheus gauge, where there is one.
+    """The sinks that the config asks for, by name. `gauge` opens whatever keeps Prometheus gauges.
 
     Raises ValueError when an asked-for library is not installed.
     """
@@ -40,7 +40,7 @@ def make_sinks(
         sinks["tensorboard"] = TensorBoardSink(Path(directory) / "tensorboard")
     if monitor.csv:
         sinks["csv"] = CsvSink(Path(directory) / "metrics.csv")
-    if monitor.prometheus and gauge is not None:
+    if monitor.prometheus:
         sinks["prometheus"] = GaugeSink(gauge)
     return sinks
 
@@ -110,14 +110,16 @@ class TensorBoardSink:
 class GaugeSink:
     """Prometheus, through whoever keeps the gauges: `train/loss` is set as `holdfast_train_loss`."""
 
-    def __init__(self, gauge: Gauge) -> None:
-        self._gauge = gauge
+    def __init__(self, gauge: Callable[[], Gauge]) -> None:
+        self._make = gauge
+        self._gauge: Gauge | None = None
         self._counts: dict[str, int] = {}
 
     def open(self) -> None:
-        """Gauges need no opening."""
+        self._gauge = self._gauge or self._make()
 
     def write(self, entry: Entry) -> None:
+        assert self._gauge is not None
         if isinstance(entry, Happening):
             kind = str(entry.row["kind"])
             self._counts[kind] = self._counts.get(kind, 0) + 1

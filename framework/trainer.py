@@ -69,7 +69,8 @@ class Record(Protocol):
 class TrainSettings:
     """The numbers the loop needs. `tokens_per_step` is that of the global batch.
 
-    `interval` is how often to snapshot, by what one costs and a step takes, in seconds; 0 steps means never.
+    `interval` is how often to snapshot, by what one costs and a step takes, in seconds; 0 steps means never. `mfu` is the
+    model FLOPs utilisation of a step of so many seconds, on the rank that reports.
     """
 
     num_steps: int
@@ -80,6 +81,7 @@ class TrainSettings:
     held_out_tokens: int
     interval: Callable[[float, float], Interval]
     max_skips: int
+    mfu: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +150,8 @@ class Trainer:
         """Train from `step` optimizer steps taken to `num_steps`. Raises RuntimeError when a collective fails."""
         if self._settings.interval(0.0, 0.0).steps > 0:
             self._snapshot(step, must=True)
+        began = time.monotonic()
         while step < self._settings.num_steps:
-            began = time.monotonic()
             report = self._pass(step + 1)
             if report.record and self._record is not None:
                 self._record.begin()  # all ranks are here, between the same two operations
@@ -161,10 +163,13 @@ class Trainer:
             step += 1
             self._last_step_s = time.monotonic() - began
             self._emit(self._row(step, report))
+            began = time.monotonic()  # what a snapshot costs counts in the step after it
             last = step == self._settings.num_steps or report.stop
             if last or self._due(step, report):
                 self._take(step, report, last=last)
+            evaluating = time.monotonic()
             val_loss = self._evaluate(step)
+            began += time.monotonic() - evaluating
             if report.stop and step < self._settings.num_steps:
                 return Outcome("stopped", step, val_loss)
         return Outcome("finished", step, self._evaluate(step, final=True))
@@ -284,6 +289,7 @@ class Trainer:
             "step_time_s": self._last_step_s,
             "tokens_per_s": settings.tokens_per_step / self._last_step_s,
             "snapshot_stall_ms": 1e3 * self._stall_s,
+            **({} if settings.mfu is None else {"mfu": settings.mfu(self._last_step_s)}),
         } | ({} if report.finite else {"skipped": True})
 
 

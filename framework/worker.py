@@ -17,10 +17,12 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
@@ -28,7 +30,7 @@ from fault_tolerance.catalogue import Snapshot
 from fault_tolerance.interval import fixed, young
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import arm
-from framework.build import device_kind, make_engine, make_feed, make_schedule, model_builder, open_data
+from framework.build import device_kind, make_engine, make_feed, make_mfu, make_schedule, model_builder, open_data
 from framework.config import Config, decode
 from framework.faults import FaultInjector
 from framework.finish import sample_text, state_digest
@@ -105,6 +107,13 @@ class Worker:
             self._mesh.sever()
         if self._recording is not None:
             self._recording.abort()
+
+    def vitals(self) -> dict[str, float]:
+        """The memory of this process, in bytes."""
+        found = {"rss_bytes": float(psutil.Process().memory_info().rss)}
+        if self._device == "cuda":
+            found["device_peak_bytes"] = float(torch.cuda.max_memory_allocated())
+        return found
 
     def leave(self) -> bool:
         """End whatever generation runs: at a step boundary if the crew still steps, by force if not. Blocks."""
@@ -235,7 +244,7 @@ class Worker:
             faults=faults,
             sum_over_ranks=mesh.sum,
             num_ranks=layout.world,
-            settings=self._settings(feed.held_out_tokens),
+            settings=self._settings(feed.held_out_tokens, mfu=self._mfu(plan) if reporter else None),
             emit=(lambda item: self._say(item | {"generation": plan.generation, "layout": str(layout)}))
             if reporter
             else (lambda item: None),
@@ -250,7 +259,7 @@ class Worker:
         finally:
             feed.close()
 
-    def _settings(self, held_out_tokens: int) -> TrainSettings:
+    def _settings(self, held_out_tokens: int, *, mfu: Callable[[float], float] | None) -> TrainSettings:
         config = self._config
         every, mtbf_s = config.fault_tolerance.every_steps, config.fault_tolerance.mtbf_hours * 3600
         return TrainSettings(
@@ -262,7 +271,13 @@ class Worker:
             held_out_tokens=held_out_tokens,
             interval=lambda cost_s, step_s: fixed(every) if isinstance(every, int) else young(cost_s, step_s, mtbf_s),
             max_skips=config.detect.max_skips,
+            mfu=mfu,
         )
+
+    def _mfu(self, plan: Plan) -> Callable[[float], float]:
+        local = self._config.cluster.address == "local"  # emulated nodes are one machine
+        here = plan.layout.world if local else len(plan.ranks_on(self._node))
+        return make_mfu(self._config, plan.layout, workers_here=here)
 
     def _faults(self, plan: Plan, order: dict[str, Any]) -> FaultInjector:
         rank = order["rank"]

@@ -127,7 +127,7 @@ def test_csv_has_one_line_for_each_row_and_goes_on_in_a_second_life(tmp_path):
 
 def test_prometheus_gauges_are_set_under_names_it_allows():
     gauges = {}
-    telemetry = Telemetry({"prometheus": GaugeSink(gauges.__setitem__)})
+    telemetry = Telemetry({"prometheus": GaugeSink(lambda: gauges.__setitem__)})
     telemetry.step(row(7), {"sys/node-1/cpu": 0.5})
     for _ in range(2):
         telemetry.event({"kind": "trouble", "step": 7, "reason": "x"})
