@@ -6,6 +6,7 @@ Rule of this file: assembly only, each part a function of the config and the few
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from framework import data as data_source
 from framework.batching import Loader
 from framework.config import Config, ModelConfig
-from framework.config_rules import OWN_MODEL
+from framework.config_rules import MODEL_KEYS
 from framework.model import flops_per_token
 from framework.peak import peak_flops, shared
 from framework.schedule import Schedule
@@ -46,7 +47,6 @@ def open_data(config: Config) -> Data:
 def model_builder(config: Config) -> Callable[[], nn.Module]:
     """A function that builds the whole model on torch's current default device."""
     model = config.model
-    vocab_size = model.vocab_size or data_source.vocab_size(config.data)
     module, _, name = model.target.rpartition(".")
     try:
         target = getattr(importlib.import_module(module), name)
@@ -54,13 +54,28 @@ def model_builder(config: Config) -> Callable[[], nn.Module]:
         raise ValueError(
             f"model._target_: must name an importable class, got {model.target!r} ({error}); write module.Class"
         ) from error
-    arguments = _own_arguments(model) if model.target == OWN_MODEL else dict(model.extra)
-    return lambda: target(vocab_size=vocab_size, **arguments)  # type: ignore[no-any-return]
+    vocab_size = model.vocab_size or data_source.vocab_size(config.data)
+    arguments = _arguments(target, model, vocab_size)
+    return lambda: target(**arguments)  # type: ignore[no-any-return]
 
 
-def _own_arguments(model: ModelConfig) -> dict[str, Any]:
-    names = ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim", "rope_theta", "norm_eps", "tie_embeddings")
-    return {name: getattr(model, name) for name in names}
+def _arguments(target: Callable[..., Any], model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """What a constructor is called with: of the keys that every model has those it takes, and all further ones.
+
+    Raises ValueError for a further key that it does not take, and for an argument that no key gives.
+    """
+    taken = inspect.signature(target).parameters
+    every = {name: getattr(model, name) for name in MODEL_KEYS} | {"vocab_size": vocab_size}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return every | dict(model.extra)
+    for name in model.extra:
+        if name not in taken:
+            raise ValueError(f"model.{name}: must be an argument of {model.target}, got none of that name; it takes {', '.join(taken)}")
+    given = {name: value for name, value in every.items() if name in taken} | dict(model.extra)
+    for name, parameter in taken.items():
+        if name not in given and parameter.default is parameter.empty:
+            raise ValueError(f"model.{name}: must be given, for {model.target} takes it, got nothing; use +model.{name}=...")
+    return given
 
 
 def make_atlas(config: Config) -> Callable[[Layout, str], Atlas]:

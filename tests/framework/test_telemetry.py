@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import pytest
 
 from framework.progress import PlainProgress, duration, make_progress, short
 from framework.telemetry import Telemetry, named
+from framework.telemetry_prometheus import endpoint
 from framework.telemetry_sinks import CsvSink, GaugeSink, TensorBoardSink
 from framework.telemetry_wandb import WandbSink
 
@@ -287,3 +289,13 @@ def wait_for(question, seconds=SLOW_S):
             return answer
         time.sleep(0.1)
     pytest.fail("waited in vain")
+
+
+def test_prometheus_scrapes_a_local_run_at_the_address_that_it_leaves(tmp_path):
+    """The gauges of a local run were once set where no agent exported them."""
+    telemetry = Telemetry({"prometheus": GaugeSink(lambda: endpoint(tmp_path, "127.0.0.1"))})
+    telemetry.step(row(7), {"sys/n0/load": 0.5})
+    telemetry.close()
+    with urllib.request.urlopen((tmp_path / "prometheus_url").read_text().strip(), timeout=10) as page:
+        text = page.read().decode()
+    assert "holdfast_step 7.0" in text and "holdfast_sys_n0_load 0.5" in text
