@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -35,6 +36,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.functional import cross_entropy
 
 from framework.model import Decoder
+
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # it warns on every step
 
 
 def build(options: argparse.Namespace, mesh: dist.device_mesh.DeviceMesh) -> tuple[torch.nn.Module, int]:

@@ -16,12 +16,14 @@ from typing import Any
 import psutil
 
 from fault_tolerance.index import entry_to_plain
+from fault_tolerance.probe import Probe
 from fault_tolerance.rings import Rings
 from fault_tolerance.room import room
 from fault_tolerance.shard import write_shard
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import stack_of
 from fault_tolerance.vault import Vault
+from framework.network import chosen, interfaces
 from parallel.recorder_build import build_beside
 
 
@@ -34,6 +36,8 @@ class Agent:
         self._vault = Vault(node=node, run=run_id, secret=bytes.fromhex(secret), listen=f"{host}:0")
         self._vault.start()
         self._rings = Rings()
+        self._host = host
+        self._probe: Probe | None = None
         build_beside()
 
     def address(self) -> str:
@@ -99,6 +103,16 @@ class Agent:
             "vault_bytes": self._vault.status()["memory_bytes"],
         }
 
+    def probe(self, what: str, *args: Any, **options: Any) -> Any:
+        """Ask this node's probe (`fault_tolerance/probe.py`); the first question opens it."""
+        if self._probe is None:
+            self._probe = Probe(host=self._host)
+        return getattr(self._probe, what)(*args, **options)
+
+    def interface(self) -> str:
+        """Through which interface this node's collectives go, and why."""
+        return chosen(self._host, os.environ, interfaces())
+
     def lend_rings(self, generation: int, ranks: list[int]) -> dict[int, str]:
         """Memory for the records of these ranks, as paths."""
         return self._rings.lend(generation, ranks)
@@ -118,5 +132,7 @@ class Agent:
 
     def close(self) -> None:
         """Free everything."""
+        if self._probe is not None:
+            self._probe.close()
         self._rings.close()
         self._vault.close()

@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from fault_tolerance.quarantine import Quarantine
 from framework.cluster import CallError, Cluster
 from framework.config import decode
 from framework.crew import Crew, muster
+from framework.doctor import examine, words
 from framework.durable import Durable
 from framework.incident import Trouble
 from framework.journal import Journal
@@ -100,6 +102,8 @@ class Controller:
     def _whole_run(self) -> dict[str, Any]:
         trouble = self._inherit()
         try:
+            if trouble is None and self._config.cluster.preflight:
+                self._preflight()
             while True:
                 trouble = self._generation(trouble)
                 if trouble is None:
@@ -134,6 +138,22 @@ class Controller:
             self._reject(plan)
             return ended  # not counted: what failed is not tried again
         return self._count(ended)
+
+    def _preflight(self) -> None:
+        """Examine the nodes before the first generation. Raises Refused where no training should start."""
+        began = time.monotonic()
+        hosts = {node.name: node.ip for node in self._cluster.nodes() if node.name in {p.node for p in self._places()}}
+        try:
+            self._pool.ensure([f"{node}.0" for node in hosts], timeout_s=self._config.cluster.start_timeout_s)
+        except PoolError as error:
+            raise Refused(f"preflight: {error}") from error
+        checkup = examine(self._pool.agents, hosts, one_machine=self._cluster.control is not None)
+        (Path(self._config.run_dir) / "preflight.txt").write_text(words(checkup) + "\n")
+        found = [finding.reason for finding in checkup.findings]
+        reason = "; ".join(found) or f"{len(hosts)} nodes and the ways between them are alike"
+        self._journal.event("preflight", reason=reason, findings=found, nodes=sorted(hosts), preflight_s=time.monotonic() - began)
+        if any(finding.must for finding in checkup.findings):
+            raise Refused(f"preflight: {reason}; see preflight.txt, or use cluster.preflight=false")
 
     # look and plan
 

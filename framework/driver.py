@@ -80,6 +80,25 @@ def plan(config: Config) -> str:
     return outlook(config)
 
 
+def doctor(config: Config) -> tuple[bool, str]:
+    """Examine the nodes of a cluster. Returns whether a run may start, and the report. Raises ValueError as `run` would."""
+    from framework.doctor import examine, words
+
+    run_id = secrets.token_hex(4)
+    try:
+        with _opened(config, run_id, Startup(time.time()), None) as cluster:
+            nodes = cluster.require(num_nodes=config.cluster.num_nodes, timeout_s=config.cluster.start_timeout_s)
+            payload = {"run_id": run_id, "secret": secrets.token_hex(16)}
+            agents = {
+                n.name: cluster.start_vault(n.name, "framework.agent:Agent", {**payload, "node": n.name, "host": n.ip})
+                for n in nodes
+            }
+            checkup = examine(agents, {n.name: n.ip for n in nodes}, one_machine=cluster.control is not None)
+    except ClusterError as error:
+        raise ValueError(str(error)) from error
+    return not any(finding.must for finding in checkup.findings), words(checkup)
+
+
 def import_paths() -> list[str]:
     """Where a user's own modules lie: the working directory, and what PYTHONPATH names. They come last on every path."""
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)

@@ -42,3 +42,12 @@ def socket_environment(address: str, environment: Mapping[str, str], found: Mapp
     """What a process of the node at `address` has to set so that its collectives use that interface."""
     name = interface_of(address, found)
     return {variable: name for variable in VARIABLES if name and variable not in environment}
+
+
+def chosen(address: str, environment: Mapping[str, str], found: Mapping[str, Sequence[str]]) -> str:
+    """The interface that collectives of the node at `address` use, and the reason, in words."""
+    own = interface_of(address, found)
+    named = environment.get(VARIABLES[0])
+    if named is None or named == own:
+        return f"{own} (bears {address})" if own else f"none bears {address}"
+    return f"{named} ({VARIABLES[0]} says so; {address} is on {own or 'none'})"

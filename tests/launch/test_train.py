@@ -66,7 +66,7 @@ def test_a_model_of_the_users_own_trains_from_their_directory_and_every_sink_get
     place, run = hostile(tmp_path / "theirs"), tmp_path / "run"
     [example] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
     (place / "my_model.py").write_text(example)
-    sinks = ["monitor.csv=true", "monitor.tensorboard=true", "monitor.prometheus=true", "monitor.eval_samples=8"]
+    sinks = ["monitor.csv=true", "monitor.tensorboard=true", "monitor.prometheus=true", "monitor.eval_samples=8", "cluster.preflight=true"]
     words = ["model._target_=my_model.Memory", "model.dim=64", "model.num_layers=4", "data=synthetic", "optim.num_steps=8"]
     process = train(*words, "optim.global_batch=8", "cluster.num_nodes=2", "layout.dp=1", *sinks, cwd=place, run=run)
     out, err = process.communicate(timeout=240)
@@ -80,12 +80,23 @@ def test_a_model_of_the_users_own_trains_from_their_directory_and_every_sink_get
         assert [float(row["loss"]) for row in csv.DictReader(lines)] == [row["loss"] for row in rows]
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert (run / "prometheus_url").read_text().startswith("http://127.")
+    assert "n1 -> n0" in (run / "preflight.txt").read_text()
     started = next(event for event in run_dir.events(run) if event["kind"] == "startup")
     assert sum(started["parts"].values()) == pytest.approx(started["total_s"])
 
     text = json.dumps(list(wandb_records(run)))
     names = ("train/loss", "perf/mfu", "perf/tokens_per_s", "mem/rss_bytes_max", "sys/n0/free_bytes", "sys/n1/load", "trainer/step")
     assert all(name in text for name in (*names, "my_model.Memory")), [n for n in names if n not in text]
+
+
+def test_the_doctor_examines_every_node_and_every_way(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [HOLDFAST, "doctor", "cluster.num_nodes=3"], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert re.findall(r"^(n\d -> n\d):", done.stdout, flags=re.MULTILINE) == [f"n{a} -> n{b}" for a in range(3) for b in range(3) if a != b]
+    assert "torch 2.13.0" in done.stdout and "lo (" in done.stdout and "GFLOP/s" in done.stdout
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_the_config_cannot_know_is_refused_in_one_line_too(tmp_path: Path) -> None:
