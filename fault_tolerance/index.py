@@ -175,7 +175,9 @@ def _index(body: Mapping[str, Any]) -> Index:
     specs = []
     for row in body["tensors"]:
         specs.append(
-            TensorSpec(row["name"], tuple(row["shape"]), row["dtype"], row["tp_dim"], tuple(row["units"])),
+            TensorSpec(
+                row["name"], tuple(row["shape"]), row["dtype"], row["tp_dim"], tuple(row["units"]), row.get("frozen", False)
+            ),
         )
         for number, *rest in row["extents"]:
             extents[number].append(_extent(row["name"], rest))

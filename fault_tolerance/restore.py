@@ -33,7 +33,7 @@ from fault_tolerance.digest import combine, digest
 from fault_tolerance.moves import Batch, Move, batches, moves_for
 from fault_tolerance.slab import item_bytes
 from fault_tolerance.snapshot import carrier
-from parallel.atlas import Atlas
+from parallel.atlas import Atlas, Piece
 
 __all__ = ["Reader", "RestoreError", "RestoreStats"]
 
@@ -66,8 +66,8 @@ class Reader:
         self._blocks = Blocks(snapshot, node=node, run=snapshot.plan.run, secret=secret)
         self._prepared = False
 
-    def restore(self, atlas: Atlas, rank: int, tensors: Mapping[str, torch.Tensor]) -> RestoreStats:
-        """Fill every box that `rank` holds under `atlas`; `tensors` by name, of the boxes' shapes.
+    def restore(self, atlas: Atlas, rank: int, tensors: Mapping[Piece, torch.Tensor]) -> RestoreStats:
+        """Fill every box that `rank` holds under `atlas`; `tensors` by piece, of the boxes' shapes.
 
         Raises RestoreError, and ValueError if the snapshot is of another model.
         """
@@ -89,12 +89,11 @@ class Reader:
             seconds=time.monotonic() - began,
         )
 
-    def digest(self, atlas: Atlas, rank: int, tensors: Mapping[str, torch.Tensor]) -> int:
+    def digest(self, atlas: Atlas, rank: int, tensors: Mapping[Piece, torch.Tensor]) -> int:
         """This rank's share in the digest of the logical state: over what it owns, so that each element counts once."""
-        held = {piece.tensor: piece.box for piece in atlas.held(rank)}
         total = 0
-        for piece in atlas.owned(rank):
-            tensor = carrier(tensors[piece.tensor])[piece.box.within(held[piece.tensor])]
+        for piece, home in atlas.shares(rank):
+            tensor = carrier(tensors[home])[piece.box.within(home.box)]
             array = tensor.cpu().numpy()
             total = combine(total, digest(array, name=piece.tensor, box=piece.box))
         return total
@@ -103,11 +102,11 @@ class Reader:
         """End all connections."""
         self._blocks.close()
 
-    def _do(self, batch: Batch, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _do(self, batch: Batch, tensors: Mapping[Piece, torch.Tensor]) -> None:
         parts = [(first, self._blocks.range(batch.node, first, last)) for first, last in batch.ranges]
         for move in batch.moves:
             first, part = next((at, part) for at, part in reversed(parts) if at <= move.first)
-            _copy(move, part, first, tensors[move.tensor])
+            _copy(move, part, first, tensors[Piece(move.tensor, move.target)])
 
 
 def _copy(move: Move, part: NDArray[np.uint8], at: int, target: torch.Tensor) -> None:

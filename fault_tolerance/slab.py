@@ -20,9 +20,10 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "int32": 4, "
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One owned piece in a slab: row-major bytes [offset, offset + nbytes)."""
+    """One owned piece in a slab, row-major bytes [offset, offset + nbytes), and the held one that it lies in."""
 
     piece: Piece
+    home: Piece
     dtype: str
     offset: int
     nbytes: int
@@ -41,10 +42,10 @@ def slab_of(atlas: Atlas, rank: int) -> Slab:
     """The slab of a rank. Raises ValueError for a dtype that is not known here."""
     entries: list[Entry] = []
     offset = 0
-    for piece in atlas.owned(rank):
+    for piece, home in atlas.shares(rank):
         dtype = atlas.by_name[piece.tensor].dtype
         nbytes = piece.box.size * item_bytes(dtype)
-        entries.append(Entry(piece, dtype, offset, nbytes))
+        entries.append(Entry(piece, home, dtype, offset, nbytes))
         offset += align(nbytes)
     return Slab(rank, tuple(entries), offset)
 

@@ -50,6 +50,7 @@ from fault_tolerance.pace import Pace
 from fault_tolerance.slab import Entry
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.wire import Refused, WireError, connect, local_address
+from parallel.atlas import Piece
 
 COPY_BYTES = 4 << 20
 GATE_S = 5.0
@@ -61,7 +62,7 @@ CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Job:
     step: int
     extra: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[Piece, torch.Tensor]
     copied: threading.Event = field(default_factory=threading.Event)
     copying: bool = False
     given_up: bool = False
@@ -94,7 +95,6 @@ class Snapshotter:
         """
         self._plan, self.rank, self._slab = plan, rank, plan.slab(rank)
         self._base = plan.base_of(rank)
-        self._held = {piece.tensor: piece.box for piece in plan.atlas.held(rank)}
         self._pace = Pace(copy_bytes_s)
         self.failure = ""
         self.missed = ""
@@ -131,8 +131,8 @@ class Snapshotter:
         """The newest step of this generation that any tolerated loss leaves decodable."""
         return self._word("protected") - 1 if self._word("protected") else None
 
-    def begin(self, step: int, extra: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Start copying. `tensors` are the rank's live shards by name, `extra` is small JSON data.
+    def begin(self, step: int, extra: dict[str, Any], tensors: Mapping[Piece, torch.Tensor]) -> None:
+        """Start copying. `tensors` are the rank's live memory by held piece, `extra` is small JSON data.
 
         Raises ValueError if a tensor is missing or has another shape than the atlas says.
         """
@@ -240,7 +240,7 @@ class Snapshotter:
 
     def _copy(self, job: _Job, entry: Entry, target: NDArray[np.uint8]) -> None:
         box = entry.piece.box
-        source = carrier(job.tensors[entry.piece.tensor])[box.within(self._held[entry.piece.tensor])]
+        source = carrier(job.tensors[entry.home])[box.within(entry.home.box)]
         out = target.view(f"u{source.element_size()}").reshape(box.shape)
         for rows in _row_ranges(box.shape, source.element_size()):
             if self.fenced:
@@ -276,13 +276,13 @@ class Snapshotter:
     def _word(self, name: str) -> int:
         return int(self._control[CONTROL_WORDS.index(name)])
 
-    def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _check(self, tensors: Mapping[Piece, torch.Tensor]) -> None:
         for entry in self._slab.entries:
-            name = entry.piece.tensor
-            shape = tuple(tensors[name].shape) if name in tensors else None
+            home, wanted = entry.home, entry.home.box.shape
+            shape = tuple(tensors[home].shape) if home in tensors else None
             width = entry.nbytes // entry.piece.box.size
-            if shape != self._held[name].shape or tensors[name].element_size() != width:
-                raise ValueError(f"snapshot: {name} must have shape {self._held[name].shape}, {width} bytes an element, got {shape}")
+            if shape != wanted or tensors[home].element_size() != width:
+                raise ValueError(f"snapshot: {home.tensor} must have shape {wanted}, {width} bytes an element, got {shape}")
 
 
 def carrier(tensor: torch.Tensor) -> torch.Tensor:

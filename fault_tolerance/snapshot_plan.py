@@ -131,7 +131,7 @@ class SnapshotPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        specs = [[s.name, list(s.shape), s.dtype, s.tp_dim, list(s.units)] for s in self.atlas.specs]
+        specs = [[s.name, list(s.shape), s.dtype, s.tp_dim, list(s.units), s.frozen] for s in self.atlas.specs]
         return {
             "run": self.run,
             "generation": self.generation,
@@ -139,6 +139,7 @@ class SnapshotPlan:
             "layout": str(self.atlas.layout),
             "schedule": self.atlas.schedule,
             "num_layers": self.atlas.num_layers,
+            "sharding": self.atlas.sharding,
             "seats": list(self.seats),
             "groups": [{"nodes": list(group.nodes), "m": group.m} for group in self.groups],
             "addresses": dict(self.addresses),
@@ -168,12 +169,13 @@ def deadline_s(plan: SnapshotPlan) -> float:
 
 
 def _decode(plain: Mapping[str, Any]) -> SnapshotPlan:
-    specs = tuple(TensorSpec(n, tuple(shape), dtype, tp, tuple(units)) for n, shape, dtype, tp, units in plain["specs"])
+    specs = tuple(TensorSpec(n, tuple(shape), dtype, tp, tuple(u), frozen) for n, shape, dtype, tp, u, frozen in plain["specs"])
+    layout = Layout.parse(plain["layout"])
     base = plain["base"]
     return SnapshotPlan(
         run=plain["run"],
         generation=plain["generation"],
-        atlas=Atlas(specs, Layout.parse(plain["layout"]), plain["schedule"], plain["num_layers"]),
+        atlas=Atlas(specs, layout, plain["schedule"], plain["num_layers"], plain["sharding"]),
         seats=tuple(plain["seats"]),
         groups=tuple(Group(tuple(group["nodes"]), group["m"]) for group in plain["groups"]),
         addresses=dict(plain["addresses"]),

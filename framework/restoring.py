@@ -49,7 +49,7 @@ def restore(
     captured, share, failure, found = 0, 0, "", dict[str, Any]()
     try:
         if source.tier == "durable":
-            found = _from_checkpoint(engine, mesh.rank, str(source.path))
+            found = _from_checkpoint(engine, str(source.path))
         else:
             assert snapshot is not None, "a plan that restores from memory comes with its snapshot"
             kept = Snapshot.from_json(snapshot)
@@ -70,7 +70,7 @@ def tensor_reader(snapshot: Snapshot, *, node: str, secret: bytes) -> Iterator[R
     def read(name: str) -> NDArray[Any]:
         whole = Atlas((plan.atlas.by_name[name],), Layout(), "1f1b", plan.atlas.num_layers)
         tensor = torch.empty(plan.atlas.by_name[name].shape, dtype=torch.float32)
-        reader.restore(whole, 0, {name: tensor})
+        reader.restore(whole, 0, {whole.held(0)[0]: tensor})
         values: NDArray[Any] = tensor.numpy()
         return values
 
@@ -80,11 +80,10 @@ def tensor_reader(snapshot: Snapshot, *, node: str, secret: bytes) -> Iterator[R
         reader.close()
 
 
-def _from_checkpoint(engine: Engine, rank: int, path: str) -> dict[str, Any]:
-    state = engine.state()
+def _from_checkpoint(engine: Engine, path: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(path)
     try:
-        stats = checkpoint.read_into({piece: state[piece.tensor] for piece in engine.atlas.held(rank)})
+        stats = checkpoint.read_into(engine.state())
     finally:
         checkpoint.close()
     return {"tier": "durable", "step": checkpoint.step, "bytes_peer": stats.bytes_read}

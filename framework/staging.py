@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fault_tolerance.snapshot import Snapshotter
 from fault_tolerance.snapshot_plan import SnapshotPlan
+from parallel.atlas import Piece
 
 
 class NotProtected(RuntimeError):
@@ -31,7 +32,7 @@ class Staging:
         """Whether there is room for another snapshot."""
         return self._snapshotter.ready()
 
-    def begin(self, step: int, extra: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def begin(self, step: int, extra: dict[str, Any], tensors: Mapping[Piece, Tensor]) -> None:
         """Start copying the state of a step."""
         self._snapshotter.begin(step, extra, tensors)
 

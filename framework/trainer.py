@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fault_tolerance.interval import Interval
 from framework.faults import FaultInjector
+from parallel.atlas import Piece
 from parallel.engine import Engine
 
 
@@ -44,7 +45,7 @@ class Snapshots(Protocol):
 
     def ready(self) -> bool: ...
 
-    def begin(self, step: int, extra: dict[str, Any], tensors: dict[str, Tensor]) -> None: ...
+    def begin(self, step: int, extra: dict[str, Any], tensors: dict[Piece, Tensor]) -> None: ...
 
     def gate(self) -> float: ...
 

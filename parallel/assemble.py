@@ -56,6 +56,17 @@ def assemble_stage(
     return model
 
 
+def assemble_whole(build: Callable[[], nn.Module], *, device: torch.device, wrapping: Wrapping) -> nn.Module:
+    """The whole model on one device, parameters zero and fp32; nothing is cut."""
+    model = meta(build)
+    materialise(model, device)
+    for layer in model.layers.values():  # type: ignore[union-attr, operator]
+        _wrap_layer(layer, wrapping)
+    if isinstance(model, HasBuffers):
+        model.reset_buffers()
+    return model
+
+
 def meta(build: Callable[[], nn.Module]) -> nn.Module:
     """The whole model without memory."""
     with torch.device("meta"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from parallel.adamw import AdamW
 from parallel.assemble import assemble_stage, meta
-from parallel.atlas import Atlas
+from parallel.atlas import Atlas, Piece
 from parallel.boxes import Box
 from parallel.checks import ModelNumbers, Wrapping, check
 from parallel.contract import check_model
@@ -57,8 +57,8 @@ class Engine(Protocol):
     def evaluate(self, tokens_BT: Tensor, labels_BT: Tensor) -> Tensor:
         """What `forward_backward` returns, without gradients."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Live, contiguous fp32 memory of each piece of `atlas.held(rank)`, by spec name, of its box's shape."""
+    def state(self) -> dict[Piece, Tensor]:
+        """Live, contiguous fp32 memory of each piece of `atlas.held(rank)`, of its box's shape."""
 
     def initialise(self, weights: Weights) -> None:
         """Parameters from `weights(name, shape, box)`, moments zero, no step taken."""
@@ -68,6 +68,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds, before its mesh is closed."""
+
+
+@torch.no_grad()
+def fill(engine: Engine, weights: Weights) -> None:
+    """What `Engine.initialise` promises, for any engine."""
+    for piece, tensor in engine.state().items():
+        kind, _, name = piece.tensor.partition("/")
+        if kind == "param":
+            tensor.copy_(weights(name, engine.atlas.by_name[piece.tensor].shape, piece.box))
+        else:
+            tensor.zero_()
+    engine.loaded(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,25 +154,17 @@ class FsdpEngine:
         """See `Engine`."""
         self._leaves.discard()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[Piece, Tensor]:
         """See `Engine`."""
         return {
-            piece.tensor: getattr(self._leaves.slots[name], kind)
+            piece: getattr(self._leaves.slots[name], kind)
             for piece in self.atlas.held(self._mesh.rank)
             for kind, _, name in [piece.tensor.partition("/")]
         }
 
-    @torch.no_grad()
     def initialise(self, weights: Weights) -> None:
         """See `Engine`."""
-        state = self.state()
-        for piece in self.atlas.held(self._mesh.rank):
-            kind, _, name = piece.tensor.partition("/")
-            if kind == "param":
-                state[piece.tensor].copy_(weights(name, self.atlas.by_name[piece.tensor].shape, piece.box))
-            else:
-                state[piece.tensor].zero_()
-        self.loaded(0)
+        fill(self, weights)
 
     def loaded(self, step: int) -> None:
         """See `Engine`."""

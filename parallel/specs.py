@@ -56,6 +56,7 @@ def state_specs(model: nn.Module) -> tuple[TensorSpec, ...]:
             dtype="float32",
             tp_dim=tp_dim(model, name),
             units=tuple(sorted({unit_of(use, num_layers) for use in uses[name]})),
+            frozen=not parameter.requires_grad,
         )
         for kind in STATE_KINDS
         for name, parameter in model.named_parameters()

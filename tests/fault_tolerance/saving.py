@@ -57,8 +57,9 @@ def random_state(specs: Sequence[TensorSpec], seed: int = 0) -> State:
 
 
 def atlas_of(specs: Sequence[TensorSpec], layout: str, schedule: str = "1f1b", layers: int = NUM_LAYERS) -> Atlas:
-    """The atlas of a layout such as `2x2x1`."""
-    return Atlas(tuple(specs), Layout.parse(layout), schedule, layers)
+    """The atlas of a layout such as `2x2x1`, or `1x4x1 flat` for another sharding than rows."""
+    degrees, _, sharding = layout.partition(" ")
+    return Atlas(tuple(specs), Layout.parse(degrees), schedule, layers, sharding or "rows")
 
 
 def save(

@@ -10,7 +10,7 @@ from fault_tolerance.slab import item_bytes
 from tests.fault_tolerance.test_slab import plan_of
 from tests.fault_tolerance.vaults import atlas_of, whole_state
 
-LAYOUTS = ("1x1x1", "2x2x2", "4x1x2", "1x3x2", "2x1x4", "1x8x1", "2x3x1", "1x2x4")
+LAYOUTS = ("1x1x1", "2x2x2", "4x1x2", "1x3x2", "2x1x4", "1x8x1", "2x3x1", "1x2x4", "1x4x1 flat", "1x3x1 groups")
 
 
 def node_memory(plan, state):
@@ -40,7 +40,7 @@ def test_moving_equals_slicing_for_any_two_layouts(old, new, nodes, chunk, batch
     try:
         for rank in range(atlas.layout.world):
             wanted = atlas.held(rank)
-            out = {piece.tensor: np.full(piece.box.shape, 0xABCD, np.uint32) for piece in wanted}
+            out = {(piece.tensor, piece.box): np.full(piece.box.shape, 0xABCD, np.uint32) for piece in wanted}
             for batch_of in batches(plan, moves_for(plan, atlas, rank)):
                 assert all(a[1] < b[0] for a, b in zip(batch_of.ranges, batch_of.ranges[1:], strict=False))
                 for move in batch_of.moves:
@@ -48,10 +48,10 @@ def test_moving_equals_slicing_for_any_two_layouts(old, new, nodes, chunk, batch
                     last = next(high for low, high in batch_of.ranges if low == first)
                     assert last >= move.last
                     window = _window(move, memory[batch_of.node][first:last], first, item_bytes(move.dtype))
-                    out[move.tensor][move.overlap.within(move.target)] = window
+                    out[move.tensor, move.target][move.overlap.within(move.target)] = window
             for piece in wanted:
                 expected = state[piece.tensor][tuple(map(slice, piece.box.start, piece.box.stop))]
-                assert np.array_equal(out[piece.tensor], expected.view(np.uint32))
+                assert np.array_equal(out[piece.tensor, piece.box], expected.view(np.uint32))
     finally:
         moves_module.MOVE_BYTES, moves_module.BATCH_BYTES = kept
 

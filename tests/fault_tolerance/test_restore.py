@@ -11,7 +11,7 @@ from tests.fault_tolerance.vaults import VaultCluster, atlas_of, empty_shards, s
 
 pytestmark = pytest.mark.slow
 
-LAYOUTS = ("1x1x1", "2x2x2", "4x1x2", "1x3x2", "2x1x4", "1x8x1", "2x3x1", "4x2x1", "1x2x4", "1x1x8")
+LAYOUTS = ("1x1x1", "2x2x2", "4x1x2", "1x3x2", "2x1x4", "1x8x1", "2x3x1", "4x2x1", "1x2x4", "1x1x8", "1x4x1 flat", "1x3x1 groups")
 SCHEDULES = ("1f1b", "interleaved_1f1b", "zbv_zero_bubble")
 
 
@@ -35,7 +35,7 @@ def test_restores_onto_other_layouts_equal_direct_slicing(cluster):
     rng = random.Random(7)
     for generation in range(1, 9):
         old, schedule = rng.choice(LAYOUTS), rng.choice(SCHEDULES)
-        if old.startswith("4"):
+        if old.startswith("4") or " " in old:
             schedule = "1f1b"  # four layers are not enough for eight stages
         chunk = rng.choice([320, 1024, 4096, 1 << 18])
         _, state = protect(
@@ -108,8 +108,8 @@ def test_a_wrong_element_is_seen_in_the_digest(cluster):
         return sum(reader.digest(atlas, rank, tensors[rank]) for rank, reader in enumerate(readers)) % (1 << 64)
 
     assert total() == snapshot.digest
-    name = "exp_avg/2.wide"
-    tensors[1][name].view(torch.int32)[3, 4] ^= 1
+    piece = next(piece for piece in tensors[1] if piece.tensor == "exp_avg/2.wide")
+    tensors[1][piece].view(torch.int32)[3, 4] ^= 1
     assert total() != snapshot.digest
     for reader in readers:
         reader.close()
@@ -119,9 +119,9 @@ def test_restored_bytes_land_in_the_tensors_that_were_given(cluster):
     """Live memory is filled in place: an engine's parameters keep their storage."""
     plan, state = protect(cluster, "1x5x1", generation=25)
     tensors = empty_shards(plan.atlas, 0)
-    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    places = {piece: tensor.data_ptr() for piece, tensor in tensors.items()}
     reader = Reader(cluster.catalogue().newest, node="n0", secret=cluster.secret)
     reader.restore(plan.atlas, 0, tensors)
     reader.close()
-    assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == places
+    assert {piece: tensor.data_ptr() for piece, tensor in tensors.items()} == places
     assert same_bits(tensors, shards(plan.atlas, 0, state))

@@ -49,8 +49,9 @@ def specs(width: int = 24) -> tuple[TensorSpec, ...]:
 
 
 def atlas_of(layout: str, *, width: int = 24, schedule: str = "1f1b") -> Atlas:
-    """The atlas of `specs` under a layout."""
-    return Atlas(specs(width), Layout.parse(layout), schedule, NUM_LAYERS)
+    """The atlas of `specs` under a layout, such as `2x2x1`, or `1x4x1 flat` for another sharding than rows."""
+    degrees, _, sharding = layout.partition(" ")
+    return Atlas(specs(width), Layout.parse(degrees), schedule, NUM_LAYERS, sharding or "rows")
 
 
 def whole_state(atlas: Atlas, seed: int) -> dict[str, np.ndarray]:
@@ -65,14 +66,14 @@ def whole_state(atlas: Atlas, seed: int) -> dict[str, np.ndarray]:
 def shards(atlas: Atlas, rank: int, state: Mapping[str, np.ndarray]) -> Tensors:
     """A rank's live tensors."""
     return {
-        piece.tensor: torch.from_numpy(np.array(state[piece.tensor][tuple(map(slice, piece.box.start, piece.box.stop))]))
+        piece: torch.from_numpy(np.array(state[piece.tensor][tuple(map(slice, piece.box.start, piece.box.stop))]))
         for piece in atlas.held(rank)
     }
 
 
 def empty_shards(atlas: Atlas, rank: int) -> Tensors:
     """Tensors to restore into."""
-    return {piece.tensor: torch.full(piece.box.shape, -7.0) for piece in atlas.held(rank)}
+    return {piece: torch.full(piece.box.shape, -7.0) for piece in atlas.held(rank)}
 
 
 def same_bits(a: Tensors, b: Tensors) -> bool:

@@ -41,17 +41,17 @@ def norm_error(one: Trained, ranks: Sequence[Trained]) -> float:
 
 def whole_state(one: Trained) -> dict[str, np.ndarray]:
     """The logical state, from a run of one worker."""
-    assert all(not any(start) for start, _ in one.pieces.values())
-    return {name: values for name, (_, values) in one.pieces.items()}
+    assert all(not any(piece.box.start) for piece in one.pieces)
+    return {piece.tensor: values for piece, values in one.pieces.items()}
 
 
 def logical_state(ranks: Sequence[Trained], like: Trained) -> dict[str, np.ndarray]:
     """The logical state, put together from the pieces of all ranks; replicas must have equal bits."""
     whole = {name: np.full_like(values, np.nan) for name, values in whole_state(like).items()}
     for rank in ranks:
-        for name, (start, values) in rank.pieces.items():
-            part = whole[name][tuple(slice(a, a + n) for a, n in zip(start, values.shape, strict=True))]
-            assert np.isnan(part).all() or np.array_equal(part, values), f"replicas of {name} differ"
+        for piece, values in rank.pieces.items():
+            part = whole[piece.tensor][tuple(map(slice, piece.box.start, piece.box.stop))]
+            assert np.isnan(part).all() or np.array_equal(part, values), f"replicas of {piece.tensor} differ"
             part[...] = values
     assert not any(np.isnan(values).any() for values in whole.values()), "some of the state is nowhere"
     return whole
@@ -69,6 +69,6 @@ def same_bits(one: Sequence[Trained], other: Sequence[Trained]) -> bool:
         a.losses == b.losses
         and a.norms == b.norms
         and a.pieces.keys() == b.pieces.keys()
-        and all(np.array_equal(a.pieces[name][1], b.pieces[name][1]) for name in a.pieces)
+        and all(np.array_equal(a.pieces[piece], b.pieces[piece]) for piece in a.pieces)
         for a, b in zip(one, other, strict=True)
     )

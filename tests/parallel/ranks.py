@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from framework.initial import InitialWeights
 from framework.model import Decoder
 from parallel.assemble import meta
-from parallel.atlas import STATE_KINDS
+from parallel.atlas import STATE_KINDS, Piece
 from parallel.boxes import Box
 from parallel.checks import Wrapping
-from parallel.engine import EngineOptions, FsdpEngine
+from parallel.deepspeed_engine import DeepSpeedEngine, Zero
+from parallel.engine import Engine, EngineOptions, FsdpEngine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 
@@ -59,6 +60,7 @@ class Job:
     lr: float = 3e-3
     clip: float = 1.0
     seed: int = 7
+    zero: dict[str, Any] | None = None  # of DeepSpeed; None: FSDP2
 
     @property
     def world(self) -> int:
@@ -77,7 +79,7 @@ class Trained:
     losses: list[float]
     norms: list[float]
     val_loss: float
-    pieces: dict[str, tuple[tuple[int, ...], np.ndarray]]
+    pieces: dict[Piece, np.ndarray]
 
 
 def batch(job: Job, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,17 +106,21 @@ def share(job: Job, layout: Layout, dp: int, tokens: torch.Tensor, labels: torch
     )
 
 
-def engine_for(job: Job, mesh: Mesh) -> FsdpEngine:
+def engine_for(job: Job, mesh: Mesh) -> Engine:
     """The engine of a job, with its first weights."""
     build = functools.partial(job.target, **job.model)
     wrapping = Wrapping(**job.wrapping)
     options = EngineOptions(schedule=job.schedule, num_microbatches=job.num_microbatches, wrapping=wrapping)
-    engine = FsdpEngine(build, mesh=mesh, options=options)
+    engine: Engine
+    if job.zero is None:
+        engine = FsdpEngine(build, mesh=mesh, options=options)
+    else:
+        engine = DeepSpeedEngine(build, mesh=mesh, options=options, zero=Zero(**job.zero))
     engine.initialise(InitialWeights(meta(build), seed=job.seed))
     return engine
 
 
-def step_once(job: Job, mesh: Mesh, engine: FsdpEngine, step: int) -> tuple[float, float]:
+def step_once(job: Job, mesh: Mesh, engine: Engine, step: int) -> tuple[float, float]:
     """One optimizer step: (loss, gradient norm), equal on all ranks."""
     tokens, labels = share(job, mesh.layout, mesh.seat[1], *batch(job, step))
     num_tokens = job.samples * job.seq_len
@@ -132,12 +138,11 @@ def train(store: Store, rank: int, generation: int, job: Job) -> Trained:
     return _finish(rank, job, mesh, engine, range(1, job.steps + 1))
 
 
-def _finish(rank: int, job: Job, mesh: Mesh, engine: FsdpEngine, steps: range) -> Trained:
+def _finish(rank: int, job: Job, mesh: Mesh, engine: Engine, steps: range) -> Trained:
     rows = [step_once(job, mesh, engine, step) for step in steps]
     tokens, labels = share(job, mesh.layout, mesh.seat[1], *batch(job, 0))
     val = float(mesh.sum(engine.evaluate(tokens, labels))) / (job.samples * job.seq_len)
-    boxes = {piece.tensor: piece.box for piece in engine.atlas.held(rank)}
-    pieces = {name: (boxes[name].start, t.cpu().numpy().copy()) for name, t in engine.state().items()}
+    pieces = {piece: t.cpu().numpy().copy() for piece, t in engine.state().items()}
     engine.close()
     mesh.close()
     return Trained([loss for loss, _ in rows], [norm for _, norm in rows], val, pieces)
@@ -157,7 +162,7 @@ def what_dtensor_holds(store: Store, rank: int, generation: int, jobs: list[Job]
 
 def _differences(engine: FsdpEngine, mesh: Mesh) -> list[str]:
     said = {p.tensor: (p.box.start, p.box.shape) for p in engine.atlas.held(mesh.rank)}
-    kept = {name: tuple(tensor.shape) for name, tensor in engine.state().items()}
+    kept = {piece.tensor: tuple(tensor.shape) for piece, tensor in engine.state().items()}
     found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for module in engine._stages.values():
         for name, parameter in module.named_parameters():
@@ -210,9 +215,9 @@ def train_from(store: Store, rank: int, generation: int, job: Job, step: int, wh
     mesh = Mesh.connect(store, rank=rank, layout=Layout.parse(job.layout), generation=generation, timeout_s=60)
     engine = engine_for(job, mesh)
     state = engine.state()
-    for piece in engine.atlas.held(rank):
+    for piece, tensor in state.items():
         inside = piece.box.within(Box.whole(engine.atlas.by_name[piece.tensor].shape))
-        state[piece.tensor].copy_(torch.from_numpy(whole[piece.tensor][inside].copy()))
+        tensor.copy_(torch.from_numpy(whole[piece.tensor][inside].copy()))
     engine.loaded(step)
     return _finish(rank, job, mesh, engine, range(step + 1, job.steps + 1))
 

@@ -5,13 +5,17 @@ That it is what DTensor really holds is tested in `test_engine_layouts.py`, agai
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from framework.model import Decoder
 from parallel.assemble import meta
-from parallel.atlas import STATE_KINDS, Atlas, TensorSpec
+from parallel.atlas import SHARDINGS, STATE_KINDS, Atlas, TensorSpec
 from parallel.boxes import Box
 from parallel.layout import Layout
 from parallel.specs import state_specs
@@ -37,7 +41,12 @@ def atlases(draw: st.DrawFn) -> Atlas:
         TensorSpec(s.name, s.shape, s.dtype, draw(st.sampled_from([None, *range(len(s.shape))])), s.units)
         for s in specs
     )
-    return Atlas(cut, draw(LAYOUTS), draw(st.sampled_from(SCHEDULES)), num_layers)
+    layout, sharding = draw(LAYOUTS), draw(st.sampled_from(SHARDINGS))
+    if sharding != "rows":
+        layout = Layout(dp=layout.dp)
+        frozen = [draw(st.booleans()) for _ in cut]
+        cut = tuple(replace(spec, frozen=is_frozen) for spec, is_frozen in zip(cut, frozen, strict=True))
+    return Atlas(cut, layout, draw(st.sampled_from(SCHEDULES)), num_layers, sharding)
 
 
 def counts(atlas: Atlas, pieces: str) -> dict[str, np.ndarray]:
@@ -62,7 +71,8 @@ def test_held_pieces_cover_the_state_as_often_as_it_is_replicated(atlas: Atlas) 
     for name, count in counts(atlas, "held").items():
         spec = atlas.by_name[name]
         stages = sum(not atlas.units(p).isdisjoint(spec.units) for p in range(atlas.layout.pp))
-        times = stages * (1 if spec.tp_dim is not None else atlas.layout.tp) * (1 if spec.shape else atlas.layout.dp)
+        replicas = 1 if spec.shape or atlas.sharding != "rows" else atlas.layout.dp
+        times = stages * (1 if spec.tp_dim is not None else atlas.layout.tp) * replicas
         assert (count == times).all()
 
 
@@ -70,8 +80,46 @@ def test_held_pieces_cover_the_state_as_often_as_it_is_replicated(atlas: Atlas) 
 @settings(max_examples=60, deadline=None)
 def test_owned_lies_within_held(atlas: Atlas) -> None:
     for rank in range(atlas.layout.world):
-        held = {piece.tensor: piece.box for piece in atlas.held(rank)}
-        assert all(piece.box.intersect(held[piece.tensor]) == piece.box for piece in atlas.owned(rank))
+        held = set(atlas.held(rank))
+        assert all(home in held and piece.tensor == home.tensor for piece, home in atlas.shares(rank))
+        assert all(piece.box.intersect(home.box) == piece.box for piece, home in atlas.shares(rank))
+
+
+@given(atlases())
+@settings(max_examples=60, deadline=None)
+def test_pieces_of_zero_lie_end_to_end_in_flat_memory(atlas: Atlas) -> None:
+    """So that an engine can give each as a view of it."""
+    if atlas.sharding == "rows":
+        return
+    for rank in range(atlas.layout.world):
+        ends: dict[str, int] = {}
+        for piece in atlas.held(rank):
+            shape = atlas.by_name[piece.tensor].shape
+            flat = np.arange(math.prod(shape)).reshape(shape)[piece.box.within(Box.whole(shape))].ravel()
+            start = ends.get(piece.tensor, atlas.flats[piece.tensor].range_of(rank)[0])
+            assert flat.tolist() == list(range(start, start + flat.size))
+            ends[piece.tensor] = start + flat.size
+        assert all(end == atlas.flats[name].range_of(rank)[1] for name, end in ends.items())
+
+
+def test_zero_cuts_a_group_where_the_drawing_says() -> None:
+    """Decayed: a (2x3) and c (5) x 1 = 11 elements over 2 ranks, 6 each: the cut goes through c after no element."""
+    specs = tuple(TensorSpec(f"param/{n}", s, "float32", None, (0,)) for n, s in [("a", (2, 3)), ("b", (4,)), ("c", (5, 1))])
+    grouped = Atlas(specs, Layout(dp=2), "1f1b", 1, "groups")
+    assert [(p.tensor, p.box.start, p.box.stop) for p in grouped.held(0)] == [
+        ("param/a", (0, 0), (2, 3)), ("param/b", (0,), (2,)),
+    ]  # fmt: skip
+    flat = Atlas(specs, Layout(dp=2), "1f1b", 1, "flat")
+    assert [(p.tensor, p.box.start, p.box.stop) for p in flat.held(1)] == [
+        ("param/a", (1, 0), (2, 3)), ("param/b", (2,), (4,)), ("param/c", (3, 0), (5, 1)),
+    ]  # fmt: skip
+
+
+def test_zero_has_no_pipeline_and_no_tensor_parallelism() -> None:
+    with pytest.raises(ValueError, match="sharding flat needs pp 1 and tp 1"):
+        Atlas((), Layout(pp=2), "1f1b", 2, "flat")
+    with pytest.raises(ValueError, match="must be one of rows, flat, groups"):
+        Atlas((), Layout(), "1f1b", 2, "columns")
 
 
 def test_specs_name_every_parameter_and_both_moments() -> None:
