@@ -24,6 +24,7 @@ from framework.windows import Data
 from parallel.assemble import meta
 from parallel.atlas import Atlas
 from parallel.checks import Wrapping
+from parallel.deepspeed_engine import DeepSpeedEngine, Zero
 from parallel.engine import Engine, EngineOptions, FsdpEngine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -82,7 +83,9 @@ def make_atlas(config: Config) -> Callable[[Layout, str], Atlas]:
     """Atlases of this config's model: a function of layout and schedule. The model is looked at once."""
     whole = meta(model_builder(config))
     specs, num_layers = state_specs(whole), len(whole.layers)  # type: ignore[arg-type]
-    return lambda layout, schedule: Atlas(specs, layout, schedule, num_layers)
+    zero = _zero(config)
+    sharding = "rows" if zero is None else zero.sharding
+    return lambda layout, schedule: Atlas(specs, layout, schedule, num_layers, sharding)
 
 
 def make_engine(config: Config, mesh: Mesh, *, schedule: str, num_microbatches: int) -> Engine:
@@ -103,6 +106,9 @@ def make_engine(config: Config, mesh: Mesh, *, schedule: str, num_microbatches: 
         eps=optim.eps,
         weight_decay=optim.weight_decay,
     )
+    zero = _zero(config)
+    if zero is not None:
+        return DeepSpeedEngine(model_builder(config), mesh=mesh, options=options, zero=zero)
     return FsdpEngine(model_builder(config), mesh=mesh, options=options)
 
 
@@ -117,6 +123,12 @@ def make_mfu(config: Config, layout: Layout, *, workers_here: int) -> Callable[[
     if device == "cpu":
         peak = shared(peak, workers_here=workers_here, threads=torch.get_num_threads())
     return lambda step_s: flops / (step_s * peak * layout.world)
+
+
+def _zero(config: Config) -> Zero | None:
+    """What the DeepSpeed engine is to cut; None for FSDP2."""
+    layout = config.layout
+    return Zero(stage=layout.zero_stage, offload_optimizer=layout.offload_optimizer) if layout.engine == "deepspeed" else None
 
 
 def make_schedule(config: Config) -> Schedule:

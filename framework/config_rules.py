@@ -110,11 +110,19 @@ def parallelism(config: Config) -> Complaints:
 def deepspeed(config: Config) -> Complaints:
     """What the ZeRO engine can do, and the keys that only it reads."""
     layout = config.layout
-    if layout.engine == "deepspeed" and (layout.pp > 1 or layout.auto):
-        got = "layout=auto" if layout.auto else f"pp {layout.pp}"
-        yield f"layout.engine: deepspeed needs pp 1, got {got}; use layout.pp=1 or layout.engine=fsdp"
-    if layout.engine == "fsdp" and layout.offload_optimizer:
-        yield "layout.offload_optimizer: must be false with engine fsdp, got true; use layout.engine=deepspeed"
+    if layout.engine == "fsdp":
+        if layout.offload_optimizer:
+            yield "layout.offload_optimizer: must be false with engine fsdp, got true; use layout.engine=deepspeed"
+        return
+    for axis, degree in (("pp", layout.pp), ("tp", layout.tp)):
+        if degree > 1:
+            yield f"layout.engine: deepspeed needs {axis} 1, got {axis} {degree}; use layout.{axis}=1 or layout.engine=fsdp"
+    if layout.reshard_after_forward:
+        yield "layout.reshard_after_forward: is for engine fsdp, got true; use layout.zero_stage=3"
+    if layout.compile:
+        yield "layout.compile: must be false with engine deepspeed, got true; use layout.engine=fsdp"
+    if layout.precision == "bf16" and layout.zero_stage == 1 and not layout.offload_optimizer:
+        yield "layout.zero_stage: must be 2 or 3 with engine deepspeed and precision bf16, got 1; use layout.zero_stage=2"
 
 
 def nodes(config: Config) -> Complaints:

@@ -29,6 +29,7 @@ from framework.progress import make_progress
 from framework.run_dir import RunDir
 from framework.startup import Startup
 from framework.telemetry import Telemetry
+from parallel.deepspeed_library import check_installed
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
 FOLLOW_S = 0.25
@@ -41,8 +42,8 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
     `early` is a local cluster that was begun before this module, and with it Ray, was imported; it is ended here.
     Raises ValueError for what the user can mend.
     """
-    if config.layout.engine != "fsdp":
-        raise ValueError(f"layout.engine: only fsdp can train so far, got {config.layout.engine}; use layout.engine=fsdp")
+    if config.layout.engine == "deepspeed":
+        check_installed()
     resumed = resolve(config.resume)
     changed = check_same(config, resumed) if resumed is not None else ()
     directory = RunDir.create(config.run_dir)

@@ -82,12 +82,20 @@ class Planner:
         )
 
     def candidates(self, num_workers: int) -> Sequence[Layout]:
-        """The layouts that fit into memory on so many workers. A model of the user's own keeps to tp 1 and its layers."""
+        """The layouts that fit into memory on so many workers. A model of the user's own keeps to tp 1 and its layers;
+        DeepSpeed to dp alone.
+        """
         if num_workers < 1:
             return ()
         scored = candidates(self.model, num_workers=num_workers, method=self.method, rates=self._rates)
         foreign = self._config.model.target != OWN_MODEL
-        return tuple(cost.layout for cost in scored if cost.fits and not (foreign and cost.layout.tp > 1))
+        zero = self._config.layout.engine == "deepspeed"
+        fitting = (cost.layout for cost in scored if cost.fits)
+        return tuple(
+            layout
+            for layout in fitting
+            if not (foreign and layout.tp > 1) and not (zero and layout.pp * layout.tp > 1)
+        )
 
     def measured(self, layout: Layout, step_s: float) -> None:
         """Correct the predictions by a step time that was seen."""

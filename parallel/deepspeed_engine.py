@@ -64,8 +64,8 @@ class DeepSpeedEngine:
     def __init__(self, build: Callable[[], nn.Module], *, mesh: Mesh, options: EngineOptions, zero: Zero) -> None:
         """`build` makes the whole model; it is called on the meta device.
 
-        Raises ValueError if the model breaks its contract or layout and options do not go together, RuntimeError if
-        DeepSpeed is not installed, or cuts the state otherwise than the atlas says.
+        Raises ValueError if the model breaks its contract, layout and options do not go together, or DeepSpeed is not
+        installed; RuntimeError if it cuts the state otherwise than the atlas says.
         """
         whole = meta(build)
         check_model(whole)
@@ -144,8 +144,7 @@ class DeepSpeedEngine:
         self._partition.refresh()
 
     def close(self) -> None:
-        """See `Engine`."""
-        self._partition.discard()
+        """See `Engine`. Nothing is asked of peers: they may be gone."""
         self._pieces.clear()
         engine = self._engine
         del self._engine, self._model, self._optimizer, self._groups, self._frozen, self._partition

@@ -31,13 +31,13 @@ VERSION = "0.19.8"
 
 
 def check_installed() -> None:
-    """Raises RuntimeError, one line, if DeepSpeed is not here or is another version than this was written against."""
+    """Raises ValueError, one line, if DeepSpeed is not here or is another version than this was written against."""
     try:
         found = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         found = "none"
     if found != VERSION:
-        raise RuntimeError(
+        raise ValueError(
             f"layout.engine: deepspeed needs DeepSpeed {VERSION}, got {found}; "
             f"pip install deepspeed=={VERSION}, or use layout.engine=fsdp"
         )
@@ -49,9 +49,10 @@ def initialize(model: nn.Module, optimizer: HostedAdamW, *, config: Mapping[str,
     _environment(mesh)
     import deepspeed
 
+    forget()  # of an engine whose start failed
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled at start, and leak
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     with contextlib.redirect_stdout(None):
         engine, *_ = deepspeed.initialize(
@@ -168,20 +169,25 @@ class Partition:
 
 def release(engine: Any) -> None:
     """End an engine, and make DeepSpeed forget it and every group."""
+    engine.destroy()
+    engine.optimizer = None
+    engine.module = None
+    forget()
+    gc.collect()
+
+
+def forget() -> None:
+    """Put DeepSpeed's globals back to what they are in a new process."""
     from deepspeed.comm import comm
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partition_parameters import Init
     from deepspeed.utils import groups
 
-    engine.destroy()
-    engine.optimizer = None
-    engine.module = None
     parameter_offload.FWD_MODULE_STACK.clear()
     parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     Init.param_id = 0
     groups._release_process_group_references(group=None)
     comm.cdb = None
-    gc.collect()
 
 
 class _Groups:

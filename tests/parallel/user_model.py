@@ -59,3 +59,13 @@ class Planned(Recurrence):
             "layers.*.outer": "row",
             "head": "head",
         }
+
+
+class PartlyFrozen(Recurrence):
+    """The same, of which some is not trained: an embedding, a matrix in the middle, and a bias."""
+
+    def __init__(self, *, vocab_size: int, num_layers: int, dim: int, length: int) -> None:
+        super().__init__(vocab_size=vocab_size, num_layers=num_layers, dim=dim, length=length)
+        assert self.embed is not None
+        self.embed.requires_grad_(False)
+        self.layers["1"].inner.requires_grad_(False)
