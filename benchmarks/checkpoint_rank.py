@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from benchmarks.vault_rank import Restore, Stage
 from fault_tolerance.checkpoint import Checkpoint, commit
 from fault_tolerance.shard import write_shard
 from framework.model import Decoder
@@ -183,9 +184,9 @@ class DeepSpeedBench:
 
 
 def main() -> None:
-    """`checkpoint_rank.py RANK WORLD PORT JOB`, JOB in JSON; rank 0 writes its rows to the job's `out`."""
+    """`checkpoint_rank.py RANK WORLD PORT JOB`, JOB a JSON file; rank 0 writes its rows to the job's `out`."""
     rank, world, port = map(int, sys.argv[1:4])
-    job = json.loads(sys.argv[4])
+    job = json.loads(Path(sys.argv[4]).read_text())
     warnings.filterwarnings("ignore")
     os.environ |= {
         "DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
@@ -195,12 +196,16 @@ def main() -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     folder = Path(job["folder"])
     bench = Bench(job["model"], job["layout"], folder)
+    stage = Stage(job["vaults"], rank, bench.held) if job["phase"] == "same" else None
+    restore = Restore(job["vaults"], rank, bench.atlas, bench.held) if job["phase"] == "other" else None
     rows = [
         row | {"what": what, "round": number}
         for number in range(job["rounds"])
-        for what, name, call in _turn(bench, _engine(job, folder), job["phase"], number)
+        for what, name, call in _turn(bench, _engine(job, folder), stage or restore, number)
         for row in [bench.timed(name, call)]
     ]
+    if stage is not None:
+        stage.close()
     needed = torch.tensor(bench.needed(), dtype=torch.float64)
     dist.all_reduce(needed)
     if rank == 0:
@@ -221,11 +226,12 @@ def _engine(job: dict[str, Any], folder: Path) -> DeepSpeedBench | None:
 
 
 def _turn(
-    bench: Bench, engine: DeepSpeedBench | None, phase: str, number: int
+    bench: Bench, engine: DeepSpeedBench | None, vaults: Stage | Restore | None, number: int
 ) -> list[tuple[str, str, Callable[[], Any]]]:
     """One round: every way once, starting with another one each time."""
-    if phase == "same":
+    if isinstance(vaults, Stage):
         saves = [
+            ("save", "vaults", vaults.save),
             ("save", "holdfast", bench.save_holdfast),
             ("save", "torch.save", bench.save_torch),
             ("save", "dcp.save", bench.save_dcp),
@@ -238,7 +244,9 @@ def _turn(
             ("load same", "dcp.save", bench.load_dcp),
         ]
         return _rotated(saves, number) + _rotated(loads, number)
+    assert vaults is not None
     loads = [("load other", "holdfast", bench.load_holdfast), ("load other", "dcp.save", bench.load_dcp)]
+    loads += [("load other", "vaults", vaults.load), ("load other", "vaults, a node lost", vaults.load_lost)]
     loads += [("load other", "deepspeed", engine.load)] if engine is not None else []
     return _rotated(loads, number)
 
