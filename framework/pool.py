@@ -8,11 +8,12 @@ Rule of this file: it starts, finds and ends processes, and knows no plan.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from framework.cluster import Call, CallError, Cluster, Remote, tail, wait_any
+from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, tail, wait_any
 from framework.nodes import Node
 
 
@@ -32,23 +33,27 @@ class Pool:
         self._starting: dict[str, Call] = {}
 
     def start(self, seats: Sequence[str]) -> None:
-        """Start what is missing for these seats (`<node>.<slot>`): workers, and the agents of their nodes. Does not wait."""
+        """Start what is missing for these seats (`<node>.<slot>`): workers, and the agents of their nodes. Does not wait.
+
+        A node that dies meanwhile gets nothing: `ensure` finds it missing, and whoever watches nodes learns of it.
+        """
         hosts = {node.name: node.ip for node in self._cluster.nodes() if node.alive}
-        for node in dict.fromkeys(seat.rpartition(".")[0] for seat in seats):
-            if node not in self.agents and node in hosts:
-                payload = {**self._agent_payload, "node": node, "host": hosts[node]}
-                self.agents[node] = self._cluster.start_vault(
-                    node, "framework.agent:Agent", payload, log=self._log("agent", node)
-                )
-                self._starting[f"agent {node}"] = self.agents[node].ready()
         for seat in seats:
-            if seat not in self.workers:
-                node = seat.rpartition(".")[0]
-                payload = {**self._worker_payload, "node": node, "name": seat}
-                self.workers[seat] = self._cluster.start_worker(
-                    node, seat, "framework.worker:Worker", payload, log=self._log("worker", seat)
-                )
-                self._starting[f"worker {seat}"] = self.workers[seat].ready()
+            with contextlib.suppress(ClusterError):
+                self._start(seat, hosts)
+
+    def _start(self, seat: str, hosts: Mapping[str, str]) -> None:
+        node = seat.rpartition(".")[0]
+        if node not in self.agents and node in hosts:
+            payload = {**self._agent_payload, "node": node, "host": hosts[node]}
+            self.agents[node] = self._cluster.start_vault(node, "framework.agent:Agent", payload, log=self._log("agent", node))
+            self._starting[f"agent {node}"] = self.agents[node].ready()
+        if seat not in self.workers:
+            payload = {**self._worker_payload, "node": node, "name": seat}
+            self.workers[seat] = self._cluster.start_worker(
+                node, seat, "framework.worker:Worker", payload, log=self._log("worker", seat)
+            )
+            self._starting[f"worker {seat}"] = self.workers[seat].ready()
 
     def ensure(self, seats: Sequence[str], *, timeout_s: float) -> dict[str, float]:
         """Have a live agent on every node and a live worker in every seat.
@@ -58,6 +63,8 @@ class Pool:
         """
         began = time.monotonic()
         self.start(seats)
+        if missing := [seat for seat in seats if seat not in self.workers or seat.rpartition(".")[0] not in self.agents]:
+            raise PoolError(f"cluster: nodes of {', '.join(missing)} must be alive, they died while their workers were started")
         wanted = {f"worker {seat}" for seat in seats} | {f"agent {seat.rpartition('.')[0]}" for seat in seats}
         took: dict[str, float] = {}
         while waiting := {call: who for who, call in self._starting.items() if who in wanted}:
