@@ -126,6 +126,7 @@ class Partition:
         if self._offload:
             zero.reset_cpu_buffers()
             for flat, *_ in self._memory():
+                assert flat.grad is not None, "an optimizer that is offloaded keeps its gradients' memory"
                 flat.grad.zero_()
         if self._stage == 3:
             zero.micro_step_id = 0

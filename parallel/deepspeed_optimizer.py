@@ -46,8 +46,8 @@ class HostedAdamW(torch.optim.AdamW):
         return {"param": flat.detach(), "exp_avg": self.state[flat]["exp_avg"], "exp_avg_sq": self.state[flat]["exp_avg_sq"]}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """See `next`."""
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """See `next`. `closure` is for those who have one; ZeRO has not."""
         for group in self.param_groups:
             group["lr"] = self._lr
             for flat in group["params"]:
