@@ -31,7 +31,7 @@ from framework.durable import Durable
 from framework.incident import Trouble
 from framework.journal import Journal
 from framework.memory import Memory
-from framework.nodes import joined
+from framework.nodes import ClusterError, joined
 from framework.plan import Place, Plan, Refused, Source, make_plan, worth_growing
 from framework.planner import Planner
 from framework.pool import Pool, PoolError
@@ -41,6 +41,7 @@ from framework.sentinel import lend_rings
 from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
 from framework.vitals import Vitals
+from framework.waiting import await_nodes
 from framework.watch import Limits, Sight, judge
 from parallel.layout import Layout
 
@@ -108,8 +109,10 @@ class Controller:
                 trouble = self._generation(trouble)
                 if trouble is None:
                     return self._end("finished" if not self._stop.is_set() else "interrupted")
+        except Stopped:
+            return self._end("interrupted")
         except Refused as refusal:
-            return self._end("no_progress" if isinstance(refusal, NoProgress) else "failed", reason=str(refusal))
+            return self._end(_status(refusal), reason=str(refusal))
         finally:
             self._pool.close()
             self._journal.close()
@@ -124,6 +127,8 @@ class Controller:
         try:
             crew = self._muster(plan)
         except PoolError as error:
+            if error.complaint:
+                raise Unfit(error.complaint) from error
             return self._count(Trouble("crash", (), (), str(error), plan.source.step, time.time()))
         self._response = Response(self._config, self._journal, plan, self._pool.agents)
         try:
@@ -185,9 +190,7 @@ class Controller:
 
     def _decide(self, trouble: Trouble | None) -> Plan:
         if trouble is None:
-            self._cluster.require(
-                num_nodes=self._config.cluster.num_nodes, timeout_s=self._config.cluster.start_timeout_s
-            )
+            self._await_nodes()
         places = self._places()
         self._memory.look(self._pool.agents)
         source = self._source()
@@ -196,6 +199,22 @@ class Controller:
             places, source=source, generation=generation, overlap=self._memory.overlap, trouble=trouble
         )
         return make_plan(self._run_id, self._planner.wish(), situation)
+
+    def _await_nodes(self) -> None:
+        """Raises Unfit when the nodes do not come in time, Stopped when the run is ended meanwhile."""
+        wish = self._config.cluster
+        try:
+            there = await_nodes(
+                self._cluster,
+                num_nodes=wish.num_nodes,
+                timeout_s=wish.start_timeout_s,
+                stopped=self._stop.is_set,
+                tell=lambda text: self._journal.event("trouble", reason=text, cause="resources"),
+            )
+        except ClusterError as error:
+            raise Unfit(str(error)) from error
+        if not there:
+            raise Stopped
 
     def _source(self) -> Source:
         """Where the state comes from: the newest snapshot, else the newest checkpoint, else the seed.
@@ -385,7 +404,7 @@ class Controller:
     def _end(self, status: str, reason: str = "") -> dict[str, Any]:
         """Write the last word: what the run came to, or what is lost and how to go on."""
         closing = self._close_out(status) if status in ("finished", "interrupted") else {}
-        exit_code = {"finished": 0, "interrupted": 130, "no_progress": 4}.get(status, 3)
+        exit_code = {"finished": 0, "unfit": 2, "interrupted": 130, "no_progress": 4}.get(status, 3)
         return self._journal.summary(status, reason=reason, closing=closing, exit_code=exit_code)
 
     def _close_out(self, status: str) -> dict[str, Any]:
@@ -412,3 +431,15 @@ class Controller:
 
 class NoProgress(Refused):
     """The same step failed too often."""
+
+
+class Unfit(Refused):
+    """What the user asked for cannot be had: the message says what must hold."""
+
+
+class Stopped(Exception):  # noqa: N818  (an event, not a mistake)
+    """The run was ended before it had begun to train."""
+
+
+def _status(refusal: Refused) -> str:
+    return {NoProgress: "no_progress", Unfit: "unfit"}.get(type(refusal), "failed")

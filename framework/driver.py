@@ -24,7 +24,7 @@ from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, Re
 from framework.config import Config, plain
 from framework.durable import check_same, resolve
 from framework.local_cluster import LocalCluster
-from framework.nodes import DOMAIN_LABEL, Exit
+from framework.nodes import DOMAIN_LABEL, Exit, complaint
 from framework.progress import make_progress
 from framework.run_dir import RunDir
 from framework.startup import Startup
@@ -69,6 +69,8 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
         raise ValueError(str(error)) from error
     finally:
         shown.close()
+    if summary["status"] == "unfit":
+        raise ValueError(summary["reason"])
     _last_word(config, summary)
     return EXIT_CODES[summary["status"]]
 
@@ -137,12 +139,11 @@ def _await_constructor(controller: Remote, timeout_s: float) -> None:
     try:
         controller.ready().result(timeout_s)
     except WorkerDied as error:
-        if error.exit is not Exit.INIT:
-            return  # a machine's fault: whoever follows the run calls for another one
-        _, marked, complaint = error.cause.partition("ValueError: ")
-        if marked:
-            raise ValueError(complaint) from error
-        raise
+        if text := complaint(error):
+            raise ValueError(text) from error
+        if error.exit is Exit.INIT:
+            raise
+        # else a machine's fault: whoever follows the run calls for another one
     except (CallError, TimeoutError):
         return
 
@@ -203,13 +204,13 @@ def _notice(text: str) -> dict[str, Any]:
 
 def _last_word(config: Config, summary: dict[str, Any]) -> None:
     """What a person wants to know at the end."""
-    lines = [f"{summary['status']}: {summary.get('reason') or 'as planned'}"]
+    lines = [f"{summary['status']}: {summary['reason']}"] if summary["status"] not in ("finished", "unfit") else []
     if summary.get("sample"):
-        lines += ["sample of generated text:", str(summary["sample"]).rstrip()]
-    for key in ("final_loss", "val_loss", "state_sha256"):
+        lines += ["", "what the model writes:", *(f"  | {line}" for line in str(summary["sample"]).rstrip().splitlines()), ""]
+    for key, form in (("final_loss", ".4f"), ("val_loss", ".4f"), ("state_sha256", "")):
         if summary.get(key) is not None:
-            lines.append(f"{key} {summary[key]}")
-    lines.append(f"run directory {config.run_dir}; see it with: holdfast report {config.run_dir}")
+            lines.append(f"{key:<13}{summary[key]:{form}}")
+    lines.append(f"{'run':<13}{config.run_dir}   (holdfast report {config.run_dir})")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 

@@ -65,6 +65,13 @@ class WorkerDied(CallError):  # noqa: N818  (an event, not a mistake)
         self.exit, self.cause, self.signal = exit, cause, signal
 
 
+def complaint(error: CallError) -> str:
+    """What a process's constructor has against what it was given: the text of its ValueError, or nothing."""
+    if not isinstance(error, WorkerDied) or error.exit is not Exit.INIT:
+        return ""
+    return error.cause.partition("ValueError: ")[2]
+
+
 class WorkerUnavailable(CallError):  # noqa: N818
     """The actor cannot be reached now; mostly WorkerDied follows."""
 

@@ -14,11 +14,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, tail, wait_any
-from framework.nodes import Node
+from framework.nodes import Node, complaint
 
 
 class PoolError(RuntimeError):
-    """A process could not be started, or is not the program that the controller is."""
+    """A process could not be started, or is not the program that the controller is.
+
+    `complaint` is what the process has against its config, where that is why.
+    """
+
+    def __init__(self, message: str, *, complaint: str = "") -> None:
+        super().__init__(message)
+        self.complaint = complaint
 
 
 class Pool:
@@ -135,7 +142,8 @@ class Pool:
                 self.forget_agent(name)
             else:
                 self.forget(name)
-            raise PoolError(f"{who} did not start: {error}\n{tail(self._log(kind, name), 5)}".rstrip()) from error
+            message = f"{who} did not start: {error}\n{tail(self._log(kind, name), 5)}".rstrip()
+            raise PoolError(message, complaint=complaint(error)) from error
         for key in ("version", "digest"):
             if identity[key] != self._identity[key]:
                 raise PoolError(

@@ -128,7 +128,8 @@ class Worker:
         found = Snapshot.from_json(snapshot)
         with tensor_reader(found, node=self._node, secret=self._secret) as read:
             said: dict[str, Any] = {"state_sha256": state_digest(found.plan.atlas.specs, read, step=found.step)}
-            if finished and self._config.monitor.sample_bytes:
+            writes = self._config.data.kind != "synthetic"  # its tokens are numbers, and no text
+            if finished and writes and self._config.monitor.sample_bytes:
                 said["sample"] = sample_text(self._config, self._data, read)
         return said
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.ray_cluster import RayCluster
 from framework import run_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,13 +100,31 @@ def test_the_doctor_examines_every_node_and_every_way(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_what_the_config_cannot_know_is_refused_in_one_line_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("model._target_=my_model.Nothing", "model._target_: must name an importable class, got 'my_model.Nothing'"),
+        ("data=text data.path=nowhere/", "data.path: "),
+    ],
+)
+def test_what_the_config_cannot_know_is_refused_in_one_line_too(tmp_path: Path, word: str, says: str) -> None:
     """A model that could not be imported once ended as a controller that was looked for during thirty seconds."""
-    process = train(*TINY, "model._target_=my_model.Nothing", cwd=tmp_path, run=tmp_path / "run")
+    process = train(*TINY, *word.split(), cwd=tmp_path, run=tmp_path / "run")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 2, f"{out}\n{err}"
-    assert err.splitlines()[-1].startswith("model._target_: must name an importable class, got 'my_model.Nothing'")
+    assert err.splitlines()[-1].startswith(says), err
     assert "Traceback" not in err
+
+
+def test_a_cluster_with_too_few_nodes_is_explained_in_time(tmp_path: Path) -> None:
+    with RayCluster(addresses=["127.0.0.3"], num_cpus=1) as ray:
+        words = [f"cluster.address={ray.address}", "cluster.num_nodes=3", "cluster.start_timeout_s=4", "cluster.workers_per_node=1"]
+        command = [HOLDFAST, "train", "model=tiny", "data=synthetic", "layout.dp=1", *words, f"run_dir={tmp_path / 'run'}"]
+        done = subprocess.run(command, cwd=tmp_path, env=ray.env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2, done.stderr
+    explained = "cluster.num_nodes: 3 nodes with 1 CPUs each are needed, present 1 (127.0.0.3), missing 2"
+    assert "trouble: waiting up to" in done.stderr and done.stderr.splitlines()[-1].startswith(f"{explained} after 4 s"), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("ending", ["one signal", "two signals", "killed"])
