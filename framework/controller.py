@@ -45,7 +45,7 @@ from framework.waiting import await_nodes
 from framework.watch import Limits, Sight, judge
 from parallel.layout import Layout
 
-LOOK_S = 0.1
+LOOK_S = 0.2  # at most: a rank that ends is seen at once
 ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
 STOP_S = 60.0
 CLOSE_OUT_S = 600.0
@@ -245,7 +245,13 @@ class Controller:
             "rings": lend_rings(plan, self._pool.agents),
             "reached": self._journal.reached,
         }
-        crew = muster(plan, agents=self._pool.agents, order=order, workers=self._pool.workers)
+        crew = muster(
+            plan,
+            agents=self._pool.agents,
+            order=order,
+            workers=self._pool.workers,
+            ping_period_s=self._config.detect.ping_period_s,
+        )
         self._journal.mustered(plan, seconds=time.monotonic() - began, started=took)
         self._warm_spares(plan)
         return crew
@@ -281,7 +287,7 @@ class Controller:
                 if leaving is not None:
                     self._journal.event("trouble", reason=str(leaving), cause=leaving.kind)
                     crew.request_stop()
-            time.sleep(LOOK_S)
+            crew.wait(LOOK_S)
 
     def _keep(self, plan: Plan, *, last: bool = False) -> None:
         """Write down what became of snapshots, and have those that are due saved to storage."""

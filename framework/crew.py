@@ -16,12 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from framework.cluster import Call, CallError, Remote, WorkerDied, WorkerUnavailable, tail
+from framework.cluster import Call, CallError, Remote, WorkerDied, WorkerUnavailable, tail, wait_any
 from framework.nodes import Exit
 from framework.plan import Plan
 from framework.watch import Ended
-
-POLL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -46,6 +44,7 @@ class Crew:
     plan: Plan
     agents: Mapping[str, Remote]
     ranks: list[RankView]
+    ping_period_s: float = 0.5
     began: float = field(default_factory=time.monotonic)
     answers_s: deque[float] = field(default_factory=lambda: deque(maxlen=256))
 
@@ -55,21 +54,30 @@ class Crew:
         return all(view.outcome is not None for view in self.ranks)
 
     def look(self) -> list[dict[str, Any]]:
-        """Ask everybody, hear who has answered meanwhile. Returns the new rows and events of the ranks.
+        """Ask everybody whose turn it is, hear who has answered meanwhile. Returns the new rows and events of the ranks.
 
         A poll that is under way is never repeated, so a rank that hangs costs one pending call.
         """
         said: list[dict[str, Any]] = []
+        due = time.monotonic() - self.ping_period_s
         for rank, view in enumerate(self.ranks):
             if view.ended is None and view.run.done():
                 self._close(rank, view)
             if view.ping is not None and view.ping.done():
                 said += self._hear(view, view.ping)
                 view.ping = None
-            if view.ended is None and view.ping is None:
+            if view.ended is None and view.ping is None and view.asked <= due:
                 view.asked = time.monotonic()
                 view.ping = view.remote.call("poll", view.acked)
         return said
+
+    def wait(self, timeout_s: float) -> None:
+        """Until a rank's call ends, which is how a dead process shows at once, or the time is over."""
+        under_way = [view.run for view in self.ranks if view.ended is None]
+        if under_way:
+            wait_any(under_way, timeout_s)
+        else:
+            time.sleep(timeout_s)
 
     def last_words(self) -> list[dict[str, Any]]:
         """The rows that were still to come from ranks whose call has ended; waits a moment for each."""
@@ -159,14 +167,19 @@ class Crew:
 
 
 def muster(
-    plan: Plan, *, agents: Mapping[str, Remote], order: Mapping[str, Any], workers: Mapping[str, Remote]
+    plan: Plan,
+    *,
+    agents: Mapping[str, Remote],
+    order: Mapping[str, Any],
+    workers: Mapping[str, Remote],
+    ping_period_s: float,
 ) -> Crew:
     """Send every rank to its seat. `workers` by worker id must hold a live one for every seat of the plan."""
     ranks = []
     for rank, seat in enumerate(plan.seats):
         remote = workers[seat.worker]
         ranks.append(RankView(remote, remote.call("run", {**order, "rank": rank}, lane="train"), heard=time.monotonic()))
-    return Crew(plan, agents, ranks)
+    return Crew(plan, agents, ranks, ping_period_s=ping_period_s)
 
 
 def log_lines(paths: Sequence[str], lines: int = 5) -> str:
