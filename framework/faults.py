@@ -9,14 +9,23 @@ A fault fires once in the life of a run, however often its step is done again: w
 
 `forward` and `backward` fire from a timer inside the pass (a tenth and seven tenths into the last one's duration),
 `staging` just before that step's snapshot begins, `encode` and `transfer` as soon as it has, the others where their
-name says. Each is carried out by the victim itself.
+name says. Each is carried out by the victim itself; what happens to a node without a rank, by rank 0.
 
-Rule of this file: it hurts processes, and knows nothing of training.
+    kind                                        severity
+    kill_worker kill_node stop_worker raise     none
+    hang                                        below 1: a collective is left out; else the GIL is held for ever
+    slow_worker                                 how many times as long its passes take
+    slow_link                                   MB/s that the rank may send
+    partition                                   seconds until the machine is there again
+    preempt                                     seconds from the notice to the end of the machine
+    add_node                                    none; a dead machine comes back, or a new one joins
+    corrupt_block                               how many blocks of the node's vault get a flipped bit
+
+Rule of this file: when and where. What happens then, to more than one process, is in `fault_acts.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -24,16 +33,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from framework.machines import Machines
+from framework import fault_acts
 
 PHASES = ("forward", "backward", "optimizer", "staging", "encode", "transfer", "recovery")
-KINDS = ("kill_worker", "kill_node", "stop_worker", "hang", "slow_worker", "raise")
+KINDS = (
+    "kill_worker", "kill_node", "stop_worker", "hang", "slow_worker", "slow_link", "partition", "preempt", "add_node",
+    "corrupt_block", "raise",
+)  # fmt: skip
+FROM_AFAR = ("kill_node", "partition", "preempt", "add_node")  # another machine can do it to one that has no rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +65,8 @@ class Fault:
             raise ValueError(f"drill.faults.phase: must be one of {', '.join(PHASES)}, got {self.phase!r}")
         if (self.rank is None) == (self.node is None):
             raise ValueError(f"drill.faults: exactly one of rank and node must be given, got {self}")
+        if self.node is None and self.kind == "add_node":
+            raise ValueError(f"drill.faults: add_node needs a node, got {self}; for example node: n1")
         if self.step < 0:
             raise ValueError(f"drill.faults.step: must not be negative, got {self.step}")
 
@@ -62,7 +75,7 @@ class InjectedError(RuntimeError):
     """What the fault kind `raise` raises."""
 
 
-def claim(directory: Path, index: int) -> bool:
+def claim(directory: Path, index: int | str) -> bool:
     """True for the one caller who may fire fault `index`; the claim outlives that process."""
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -75,7 +88,7 @@ def claim(directory: Path, index: int) -> bool:
 class FaultInjector:
     """The faults that may fire in this worker, armed for one generation.
 
-    A fault given by `node` is fired by the node's lowest rank, because it takes the others with it.
+    A fault given by `node` is fired by the node's lowest rank, because it takes the others with it; `slow_link` by all.
     """
 
     def __init__(
@@ -86,10 +99,22 @@ class FaultInjector:
         rank: int,
         node: str,
         leads_node: bool,
+        seated: Collection[str] = (),
+        acts: Mapping[str, Callable[[Fault], None]] | None = None,
     ) -> None:
-        mine = [(i, f) for i, f in enumerate(faults) if f.rank == rank or (f.node == node and leads_node)]
-        self._armed = [(i, f) for i, f in mine if not (directory / str(i)).exists()]
-        self._directory = directory
+        """`seated`: the nodes that have a rank. `acts`: what only the caller knows how to do, by kind."""
+
+        def here(fault: Fault) -> bool:
+            if fault.node is None:
+                return fault.rank == rank
+            if fault.node == node:
+                return leads_node or fault.kind == "slow_link"
+            return rank == 0 and bool(seated) and fault.node not in seated and fault.kind in FROM_AFAR
+
+        mine = [(i, f) for i, f in enumerate(faults) if here(f)]
+        self._acts = _ACTS | dict(acts or {})
+        self._directory, self._rank = directory, rank
+        self._armed = [(i, f) for i, f in mine if not (directory / self._name(i, f)).exists()]
 
     def at(self, step: int, phase: str, *, expected_s: float = 0.0) -> None:
         """Fire what is due at this step and phase. `expected_s`: how long the pass that begins now should take."""
@@ -110,22 +135,14 @@ class FaultInjector:
                 self._armed.remove((index, fault))
                 self._fire(index, fault)
 
+    def _name(self, index: int, fault: Fault) -> str:
+        """What is claimed: the fault, or this rank's part of one that all ranks of a node carry out."""
+        return f"{index}.{self._rank}" if fault.kind == "slow_link" and fault.node is not None else str(index)
+
     def _fire(self, index: int, fault: Fault) -> None:
-        if not claim(self._directory, index):
+        if not claim(self._directory, self._name(index, fault)):
             return
-        _ACTS[fault.kind](fault)
-
-
-def kill_tree(root: psutil.Process) -> None:
-    """SIGKILL a process and all below it, as a power cut would; the caller's own process comes last."""
-    root.suspend()
-    victims = [p for p in root.children(recursive=True) if p.pid != os.getpid()]
-    for victim in victims:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.suspend()
-    for victim in [*victims, root]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victim.kill()
+        self._acts[fault.kind](fault)
 
 
 def _kill_worker(_: Fault) -> None:
@@ -134,17 +151,6 @@ def _kill_worker(_: Fault) -> None:
 
 def _stop_worker(_: Fault) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _kill_node(_: Fault) -> None:
-    """On an emulated machine its warden pulls the plug; on a real one all processes of this node's Ray are killed."""
-    control, node = os.environ.get("HOLDFAST_CONTROL"), os.environ.get("HOLDFAST_NODE")
-    if control and node:
-        Machines(control).kill(node)
-    raylet = next((p for p in psutil.Process().parents() if p.name() == "raylet"), None)
-    if raylet is not None:
-        kill_tree(raylet)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _hang(fault: Fault) -> None:
@@ -183,7 +189,10 @@ def _raise(fault: Fault) -> None:
 _ACTS: dict[str, Callable[[Fault], None]] = {
     "kill_worker": _kill_worker,
     "stop_worker": _stop_worker,
-    "kill_node": _kill_node,
+    "kill_node": lambda fault: fault_acts.kill_node(fault.node),
+    "partition": lambda fault: fault_acts.partition(fault.node, for_s=fault.severity),
+    "preempt": lambda fault: fault_acts.preempt(fault.node, in_s=fault.severity),
+    "add_node": lambda fault: fault_acts.add_node(str(fault.node)),
     "hang": _hang,
     "slow_worker": _slow_worker,
     "raise": _raise,

@@ -55,6 +55,15 @@ class Machines:
         """Thaw a machine (SIGCONT)."""
         return tuple(self._ask("cont", node=node))
 
+    def later(self, in_s: float, do: str, node: str) -> None:
+        """Have `add`, `kill`, `stop` or `cont` done after a while, by the warden: the caller need not live until then."""
+        self._ask("later", in_s=in_s, do=do, node=node)
+
+    def workers(self, node: str) -> tuple[int, ...]:
+        """Processes of a machine that run somebody's program: workers and what stands for the node. Not its raylet."""
+        pages = (Path(self.control).parent / "book" / node).glob("*")
+        return tuple(sorted(int(page.name) for page in pages if page.name.isdigit()))
+
     def add(self, node: str) -> None:
         """Start a new machine, or a dead one again. Returns when its raylet answers; Ray lists it some 0.1 s later."""
         folder = self.launch(node)

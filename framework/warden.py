@@ -50,6 +50,7 @@ class Warden:
         self.raylets: dict[str, int] = {}
         self.state: dict[str, str] = {}
         self.template: dict[str, Any] = {}
+        self.due: list[tuple[float, str, str]] = []
         self.ending = False
         (self.book / "exits").mkdir(parents=True)
         self.forks = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -95,6 +96,12 @@ class Warden:
         """SIGCONT to the whole machine."""
         return self._signal(node, signal.SIGCONT, "up")
 
+    def do_later(self, in_s: float, do: str, node: str) -> None:
+        """Have one of the four above done after a while, whether or not whoever asked still lives then."""
+        if do not in ("add", "kill", "stop", "cont"):
+            raise ValueError(f"later: must be add, kill, stop or cont, got {do}")
+        self.due.append((time.monotonic() + in_s, do, node))
+
     def do_pids(self, node: str) -> list[int]:
         """Live processes of a machine, its raylet first."""
         self._known(node)
@@ -128,12 +135,13 @@ class Warden:
             selector.register(control, selectors.EVENT_READ)
             selector.register(sys.stdin.buffer, selectors.EVENT_READ)
             while not self.ending and os.getppid() == driver:
-                for key, _ in selector.select(TICK_S):
+                for key, _ in selector.select(self._wait_s()):
                     if key.fileobj is control:
                         with contextlib.suppress(OSError):  # whoever asks for its own machine's end does not hear the answer
                             self._answer(control)
                     elif not os.read(0, 4096):
                         self.ending = True
+                self._do_due()
                 self._reap()
 
     def finish(self) -> None:
@@ -145,6 +153,20 @@ class Warden:
             self._reap(respawn=False)
         shutil.rmtree(self.dir, ignore_errors=True)
         shutil.rmtree(self.shm, ignore_errors=True)  # last, for the lease in it tells the next start of whatever is left
+
+    def _wait_s(self) -> float:
+        """Until there is something to do, or it is time to look around."""
+        return max(0.0, min([TICK_S, *(at - time.monotonic() for at, _, _ in self.due)]))
+
+    def _do_due(self) -> None:
+        """What was asked for later, as soon as it is time; what cannot be done any more is only said."""
+        now = time.monotonic()
+        ripe, self.due = [item for item in self.due if item[0] <= now], [item for item in self.due if item[0] > now]
+        for _, do, node in sorted(ripe):
+            try:
+                getattr(self, "do_" + do)(node)
+            except (ValueError, OSError) as error:
+                print(f"later: {do} {node}: {error}", file=sys.stderr, flush=True)
 
     def _answer(self, control: socket.socket) -> None:
         channel, _ = control.accept()

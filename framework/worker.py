@@ -32,6 +32,7 @@ from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import arm
 from framework.build import device_kind, make_engine, make_feed, make_mfu, make_schedule, model_builder, open_data
 from framework.config import Config, decode
+from framework.fault_acts import corrupt_block
 from framework.faults import FaultInjector
 from framework.finish import sample_text, state_digest
 from framework.incident import Recovery
@@ -186,7 +187,7 @@ class Worker:
             self._phase = "build"
             engine = make_engine(self._config, mesh, schedule=plan.schedule, num_microbatches=plan.num_microbatches)
             built = time.monotonic()
-            faults = self._faults(plan, order)
+            faults = self._faults(plan, order, mesh)
             self._phase = "restore"
             faults.recovering(order["reached"])
             recovery = self._restore(engine, mesh, plan, order)
@@ -280,7 +281,7 @@ class Worker:
         here = plan.layout.world if local else len(plan.ranks_on(self._node))
         return make_mfu(self._config, plan.layout, workers_here=here)
 
-    def _faults(self, plan: Plan, order: dict[str, Any]) -> FaultInjector:
+    def _faults(self, plan: Plan, order: dict[str, Any], mesh: Mesh) -> FaultInjector:
         rank = order["rank"]
         return FaultInjector(
             self._config.drill.faults,
@@ -288,6 +289,13 @@ class Worker:
             rank=rank,
             node=self._node,
             leads_node=plan.ranks_on(self._node)[0] == rank,
+            seated=plan.nodes,
+            acts={
+                "slow_link": lambda fault: print("slow_link:", mesh.pace(int(fault.severity * 1e6)), "connections", flush=True),
+                "corrupt_block": lambda fault: corrupt_block(
+                    self._node, num_blocks=int(fault.severity), run=self._run_id, secret=self._secret
+                ),
+            },
         )
 
     def _record(self, plan: Plan, order: dict[str, Any]) -> Recording:

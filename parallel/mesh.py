@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from parallel.forget import forget
 from parallel.layout import AXES, Layout
-from parallel.sockets import Address, listeners, shut_down
+from parallel.sockets import Address, listeners, pace, shut_down
 
 
 class Mesh:
@@ -105,6 +105,10 @@ class Mesh:
             torch.distributed.distributed_c10d._abort_process_group()
             return self.layout.world - 1
         return shut_down(mine=self._mine, theirs=self._theirs)
+
+    def pace(self, bytes_per_s: int) -> int:
+        """Hold all that this rank sends on this mesh to a rate per connection. Returns the number of connections (gloo)."""
+        return pace(mine=self._mine, theirs=self._theirs, bytes_per_s=bytes_per_s)
 
     def close(self) -> None:
         """Let go of the groups. Idempotent. After `sever` too; drop models and engines that use the mesh first."""

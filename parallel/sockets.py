@@ -8,6 +8,8 @@ gloo cannot be aborted: nothing in torch frees a thread that waits in it. A `shu
 10 ms, also towards a peer that is stopped. Asking at the moment of cutting, rather than remembering descriptors, also
 catches connections that were opened late, and never those of anybody else (the store's, Ray's).
 
+The same search finds them for the kernel to pace what they send, which is how a slow link is made.
+
 Rule of this file: Linux (`/proc/self/fd`). It knows addresses, not ranks or groups.
 """
 
@@ -15,11 +17,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 Address = tuple[str, int]
+SO_MAX_PACING_RATE = 47  # asm-generic/socket.h; the socket module has no name for it
 
 
 @contextmanager
@@ -54,17 +57,26 @@ def listeners() -> frozenset[Address]:
     return frozenset(found)
 
 
+def pace(*, mine: Iterable[Address], theirs: Iterable[Address], bytes_per_s: int) -> int:
+    """Hold what goes out over each such connection to a rate (SO_MAX_PACING_RATE). Returns how many are held to it."""
+    return _each(mine, theirs, lambda handle: handle.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, bytes_per_s))
+
+
 def shut_down(*, mine: Iterable[Address], theirs: Iterable[Address]) -> int:
     """Cut every connection that ends at one of my listeners or one of theirs. Returns how many were cut.
 
     Safe from any thread; a connection that is already gone is passed over.
     """
+    return _each(mine, theirs, lambda handle: handle.shutdown(socket.SHUT_RDWR))
+
+
+def _each(mine: Iterable[Address], theirs: Iterable[Address], do: Callable[[socket.socket], object]) -> int:
     near, far, count = frozenset(mine), frozenset(theirs), 0
     for descriptor in list(_descriptors()):
         with suppress(OSError), _borrowed(descriptor) as handle:
             if handle.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
             if _address(handle.getpeername()) in far or _address(handle.getsockname()) in near:
-                handle.shutdown(socket.SHUT_RDWR)
+                do(handle)
                 count += 1
     return count

@@ -86,3 +86,32 @@ def test_a_fault_inside_a_pass_fires_from_a_timer(tmp_path: Path) -> None:
 def test_a_fault_that_cannot_happen_is_refused(words: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Fault(step=1, **words)  # type: ignore[arg-type]
+
+
+def test_what_happens_to_a_node_without_a_rank_is_done_by_rank_0(tmp_path: Path) -> None:
+    """A dead machine cannot bring itself back."""
+    done: list[str] = []
+    fault = Fault(step=1, kind="add_node", phase="optimizer", node="n3")
+
+    def armed(rank: int, seated: tuple[str, ...]) -> FaultInjector:
+        acts = {"add_node": lambda f: done.append(f"rank {rank} adds {f.node}")}
+        return FaultInjector(
+            [fault], directory=tmp_path, rank=rank, node=f"n{rank}", leads_node=True, seated=seated, acts=acts
+        )
+
+    armed(1, ("n0", "n1")).at(1, "optimizer")
+    armed(0, ()).at(1, "optimizer")  # who has a rank is not known
+    assert done == []
+    armed(0, ("n0", "n1")).at(1, "optimizer")
+    assert done == ["rank 0 adds n3"]
+
+
+def test_a_slow_link_of_a_node_is_every_rank_of_it(tmp_path: Path) -> None:
+    done: list[int] = []
+    fault = Fault(step=1, kind="slow_link", phase="optimizer", node="n0")
+    for rank, node in ((0, "n0"), (1, "n0"), (2, "n1"), (1, "n0")):
+        acts = {"slow_link": lambda _, rank=rank: done.append(rank)}
+        FaultInjector(
+            [fault], directory=tmp_path, rank=rank, node=node, leads_node=rank == 0, seated=("n0", "n1"), acts=acts
+        ).at(1, "optimizer")
+    assert done == [0, 1]

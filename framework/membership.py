@@ -1,0 +1,122 @@
+"""Membership: which machines may be used now, which have just joined, and which get no work, why and until when.
+
+    inventory, ten times a second --see--> joined, gone, usable again       news, one sentence each
+                                  --settled--> here for `settle_s`          only onto these a crew grows
+    lost too often -> barred      twice as long each time                   a machine that comes and goes
+    asked to leave -> barred      until it comes back as a new one          a machine that will be taken away
+
+A machine that is gone in the inventory, or was declared lost by the controller, counts as one loss until it answers again.
+
+Rule of this file: pure values, on the clock of the caller (seconds of a calendar, so that they outlive a process).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fault_tolerance.quarantine import Quarantine
+from framework.nodes import Node
+
+MAX_LOSSES, WINDOW_S = 3, 600.0
+SETTLE_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something changed about a machine: `joined`, `gone`, `quarantine` or `expired`. `until` is a time of the calendar."""
+
+    what: str
+    node: str
+    reason: str
+    until: float | None = None
+
+
+class Membership:
+    """The machines of a run over its life. `bar_s` is for how long a first quarantine holds; 0: until the run ends."""
+
+    def __init__(self, *, bar_s: float, settle_s: float = SETTLE_S, max_losses: int = MAX_LOSSES, window_s: float = WINDOW_S) -> None:
+        self._bar_s, self._settle_s, self._max, self._window_s = bar_s, settle_s, max_losses, window_s
+        self._quarantine = Quarantine()
+        self._holding: set[str] = set()
+        self._losses: dict[str, list[float]] = {}
+        self._out: set[str] = set()
+        self._since: dict[str, tuple[str, float]] = {}  # node: the life (Ray's id) that is here, and since when
+        self._leaving: dict[str, tuple[str, float]] = {}
+        self._started = False
+
+    def see(self, nodes: Sequence[Node], now: float, *, answers: Callable[[str], bool]) -> list[News]:
+        """Take in an inventory. `answers` is asked only of machines that were lost and are listed as alive."""
+        here = {n.name: n for n in nodes if n.alive and not n.head}
+        back = {name for name in self._out if name in here and answers(name)}
+        self._out -= back
+        news = [item for name in sorted(set(self._since) - set(here)) for item in self._gone(name, now)]
+        for name, node in here.items():
+            life, _ = self._since.get(name, ("", now))
+            if life == node.ray_id and name not in back:
+                continue
+            if life and life != node.ray_id and name not in back:
+                news += self._gone(name, now)  # it was gone and came back between two looks
+                self._out.discard(name)
+            self._since[name] = (node.ray_id, now)
+            if self._started and name not in self._out:
+                news.append(News("joined", name, f"{name} has joined" if not life else f"{name} is back"))
+        self._leaving = {n: entry for n, entry in self._leaving.items() if n in here and here[n].ray_id == entry[0] and now < entry[1]}
+        self._started = True
+        return news + self._expired(now)
+
+    def usable(self, nodes: Sequence[Node], now: float) -> tuple[Node, ...]:
+        """The machines that may get work: alive, not the head, not draining, asked to leave, lost or barred."""
+        out = {e.node for e in self._quarantine.active(now)} | set(self._leaving) | self._out
+        return tuple(n for n in nodes if n.alive and not n.head and not n.draining and n.name not in out)
+
+    def settled(self, nodes: Sequence[Node], now: float) -> tuple[str, ...]:
+        """Usable machines that have been here for a while."""
+        names = [n.name for n in self.usable(nodes, now)]
+        return tuple(name for name in names if now - self._since.get(name, ("", now))[1] >= self._settle_s)
+
+    def lost(self, node: str, now: float) -> list[News]:
+        """The controller has found a machine gone, maybe before the inventory has."""
+        return list(self._gone(node, now))
+
+    def leave(self, node: str, life: str, now: float) -> None:
+        """A machine was asked to leave: it gets no work in this life of it (or for a day)."""
+        self._leaving[node] = (life, now + 86_400.0)
+
+    @property
+    def leaving(self) -> frozenset[str]:
+        """The machines that were asked to leave and are still here."""
+        return frozenset(self._leaving)
+
+    def evict(self, node: str, reason: str, now: float) -> News:
+        """Bar a machine for a while."""
+        self._quarantine = self._quarantine.add(node, reason, now_s=now, base_s=self._bar_s)
+        self._holding.add(node)
+        until = next(e.until_s for e in self._quarantine.entries if e.node == node)
+        how_long = "until the run ends" if until is None else f"for {until - now:.0f} s"
+        return News("quarantine", node, f"{reason}; not used {how_long}", until)
+
+    def recall(self, events: Sequence[Mapping[str, Any]], now: float) -> None:
+        """Learn again, from the events of an earlier life of the controller, who is barred."""
+        for event in events:
+            if event.get("cause") == "quarantine" and event.get("node"):
+                self._quarantine = self._quarantine.add(event["node"], event["reason"], now_s=event["time"], base_s=self._bar_s)
+        self._holding = {e.node for e in self._quarantine.active(now)}
+
+    def _gone(self, node: str, now: float) -> Iterator[News]:
+        self._since.pop(node, None)
+        if node in self._out:
+            return
+        self._out.add(node)
+        times = [t for t in self._losses.get(node, []) if now - t < self._window_s] + [now]
+        self._losses[node] = times
+        yield News("gone", node, f"{node} is gone")
+        if len(times) >= self._max and not self._quarantine.holds(node, now):
+            self._losses[node] = []
+            yield self.evict(node, f"{node} was lost {len(times)} times within {self._window_s:.0f} s", now)
+
+    def _expired(self, now: float) -> list[News]:
+        held = {e.node for e in self._quarantine.active(now)}
+        free, self._holding = self._holding - held, self._holding & held
+        return [News("expired", node, f"the quarantine of {node} is over; it may be used again") for node in sorted(free)]
