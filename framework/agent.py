@@ -24,6 +24,7 @@ from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import stack_of
 from fault_tolerance.vault import Vault
 from framework.network import chosen, interfaces
+from framework.notice import Notice
 from parallel.recorder_build import build_beside
 
 
@@ -35,6 +36,7 @@ class Agent:
         self._node = node
         self._vault = Vault(node=node, run=run_id, secret=bytes.fromhex(secret), listen=f"{host}:0")
         self._vault.start()
+        Notice().then(lambda: self._vault.events.add("leaving"))
         self._rings = Rings()
         self._host = host
         self._probe: Probe | None = None

@@ -42,7 +42,7 @@ from framework.nodes import (
     natural,
 )
 from framework.ray_calls import Actor, Call, Remote, wait_all, wait_any
-from framework.ray_session import connect, forget_facts, get_facts, namespace, put_facts
+from framework.ray_session import connect, forget_facts, get_facts, give_notice, namespace, put_facts
 from framework.raylets import HEAD, HEAD_IP
 
 __all__ = [
@@ -247,15 +247,7 @@ class Cluster:
 
     def drain(self, node: str, *, deadline_s: float) -> None:
         """Give notice to a node, as a cloud does before it takes a machine back. It then shows as `draining`."""
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
-        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-        deadline_ms = int((time.time() + deadline_s) * 1000)
-        accepted, why = GcsClient(address=ray.get_runtime_context().gcs_address).drain_node(
-            self._alive(node).ray_id, DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "holdfast", deadline_ms
-        )
-        if not accepted:
-            raise ClusterError(f"drain: {node} must accept the notice, it answered {why}")
+        give_notice(ray.get_runtime_context().gcs_address, self._alive(node).ray_id, deadline_s=deadline_s)
 
     def own_ip(self) -> str:
         """The address under which other nodes reach this process."""

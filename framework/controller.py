@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fault_tolerance.quarantine import Quarantine
+from framework import run_dir
 from framework.cluster import CallError, Cluster
 from framework.config import decode
 from framework.crew import Crew, muster
@@ -30,8 +31,9 @@ from framework.doctor import examine, words
 from framework.durable import Durable
 from framework.incident import Trouble
 from framework.journal import Journal
+from framework.membership import Membership, News
 from framework.memory import Memory
-from framework.nodes import ClusterError, joined
+from framework.nodes import ClusterError, Node, joined
 from framework.plan import Place, Plan, Refused, Source, make_plan, worth_growing
 from framework.planner import Planner
 from framework.pool import Pool, PoolError
@@ -42,14 +44,14 @@ from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
 from framework.vitals import Vitals
 from framework.waiting import await_nodes
-from framework.watch import Limits, Sight, judge
+from framework.watch import Limits, Sight, judge, notice
 from parallel.layout import Layout
 
 LOOK_S = 0.2  # at most: a rank that ends is seen at once
 ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
 STOP_S = 60.0
 CLOSE_OUT_S = 600.0
-SETTLE_S = 3.0  # a node must have been there this long before the crew grows onto it
+GROW_LOOK_S = 0.5  # how often it is asked whether growing would pay
 MAX_FAILURES = 3  # at the same step, without one step of progress between
 
 
@@ -69,11 +71,12 @@ class Controller:
         self._durable = Durable(self._config, run_id=run_id)
         self._specs = self._planner.atlas(Layout(), "1f1b").specs
         self._pool = Pool(self._cluster, logs=self._journal.logs, agent=agent, worker=worker)
-        self._quarantine = Quarantine()
+        self._members = Membership(bar_s=self._config.detect.quarantine_s)
+        self._members.recall(run_dir.events(self._config.run_dir), time.time())
         self._stop = threading.Event()
         self._failures: dict[int, int] = {}
         self._summary: dict[str, Any] | None = None
-        self._seen_since: dict[str, float] = {}
+        self._asked_to_grow = 0.0
         self._response: Response | None = None
         self._vitals = Vitals()
 
@@ -139,7 +142,7 @@ class Controller:
         if ended is None or (self._stop.is_set() and crew.finished):
             return None
         self._clear(crew, ended)
-        if any(view.how == "restore_failed" for view in crew.ended().values()):
+        if any(view.how == "restore_failed" for view in crew.ended().values()) and not self._memory.holders_gone():
             self._reject(plan)
             return ended  # not counted: what failed is not tried again
         return self._count(ended)
@@ -177,16 +180,28 @@ class Controller:
 
     def _places(self) -> tuple[Place, ...]:
         """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine."""
-        nodes = [n for n in self._cluster.nodes() if n.alive and not n.head]
-        nodes = [n for n in nodes if self._cluster.confirm(n.name)]
+        seen = self._cluster.nodes()
+        self._see(seen)
+        nodes = [n for n in seen if n.alive and not n.head and self._cluster.confirm(n.name)]
         self._pool.reap(nodes)
-        barred = self._quarantine.reasons(time.time())
-        able = {n.name for n in self._cluster.usable()} - set(barred)
+        able = {n.name for n in self._cluster.usable()} & {n.name for n in self._members.usable(seen, time.time())}
         wish, warm = self._config.cluster, {n.name: self._pool.warm(n.name) for n in nodes}
         at_most = max(wish.max_nodes, wish.num_nodes + wish.spare_nodes)
         usable = joined([n for n in nodes if n.name in able], ours=warm, at_most=at_most)
-        slots = self._config.cluster.workers_per_node
-        return tuple(Place(n.name, slots, n.domain, warm[n.name]) for n in usable)
+        slots, seated = self._config.cluster.workers_per_node, () if self._journal.plan is None else self._journal.plan.nodes
+        places = [Place(n.name, slots, n.domain, warm[n.name]) for n in usable]
+        return tuple(sorted(places, key=lambda place: place.node not in seated))  # who trains now goes before spares
+
+    def _see(self, nodes: Sequence[Node]) -> None:
+        """Take in the inventory: who has joined, who is gone, who may be used again."""
+        self._tell(self._members.see(nodes, time.time(), answers=self._cluster.confirm))
+
+    def _tell(self, news: Sequence[News]) -> None:
+        seated = () if self._journal.plan is None else self._journal.plan.nodes
+        for item in news:
+            self._journal.event("node", reason=item.reason, cause=item.what, node=item.node, until=item.until)
+            if item.what == "gone" and item.node not in seated:
+                self._pool.forget(node=item.node)
 
     def _decide(self, trouble: Trouble | None) -> Plan:
         if trouble is None:
@@ -273,8 +288,11 @@ class Controller:
             self._keep(crew.plan)
             if crew.finished:
                 self._journal.take(crew.last_words(), crew.plan)
+                if leaving is not None and leaving.kind == "preemption":  # meanwhile more of a node may have been told
+                    leaving = notice(self._sight(crew), crew.plan) or leaving
                 return self._conclude(crew, leaving)
-            trouble = judge(self._sight(crew), crew.plan, self._limits(crew))
+            sight = self._sight(crew)
+            trouble = judge(sight, crew.plan, self._limits(crew))
             if trouble is not None and not trouble.planned:
                 self._journal.take(crew.last_words(), crew.plan)
                 return self._response.explained(trouble)
@@ -295,10 +313,19 @@ class Controller:
             self._journal.event(**{"kind": "snapshot", **event})
             if event.get("protected") and self._durable.due(event["step"]):
                 self._durable.begin(plan, event["step"], self._pool.agents, self._specs)
+            if event.get("protected"):
+                self._release(plan)
         self._journal.tolerance = self._memory.tolerance()
         for saved in self._durable.poll():
             self._journal.event("checkpoint", **saved)
         self._journal.vitals |= self._vitals.poll(time.monotonic(), self._pool.agents, self._pool.workers)
+
+    def _release(self, plan: Plan) -> None:
+        """Let go of nodes that were asked to leave, now that nobody needs what their vaults hold."""
+        draining = {node.name for node in self._cluster.nodes() if node.draining} | self._members.leaving
+        for node in sorted(draining & set(self._pool.agents) - set(plan.nodes)):
+            self._pool.end_node(node)
+            self._journal.event("node", reason=f"{node} has left: nothing of the run is on it any more", cause="left", node=node)
 
     def _conclude(self, crew: Crew, leaving: Trouble | None) -> Trouble | None:
         outcomes = [view.outcome for view in crew.ranks if view.outcome is not None]
@@ -311,6 +338,7 @@ class Controller:
     def _sight(self, crew: Crew) -> Sight:
         now = time.monotonic()
         nodes = self._cluster.nodes()
+        self._see(nodes)
         ended = crew.ended()
         still = {} if self._response is None else self._response.still_s(now)  # who records operations is not silent
         suspects = {crew.plan.seats[r].node for r, e in ended.items() if e.how == "died"}
@@ -324,10 +352,19 @@ class Controller:
             progress=crew.progress(),
             quiet_s=self._journal.quiet_s(crew.began),
             dead_nodes=frozenset(dead),
-            draining=frozenset(n.name for n in nodes if n.draining),
+            draining=frozenset(n.name for n in nodes if n.draining) | self._told_to_leave(crew, nodes),
             vaults_lost=self._memory.lost,
+            leaving=crew.leaving(),
             collective_broken_s=now - min(broken) if broken else 0.0,
         )
+
+    def _told_to_leave(self, crew: Crew, nodes: Sequence[Node]) -> frozenset[str]:
+        """Nodes of which everything was asked to leave: what stands for them, or all that trains there."""
+        told, life = crew.leaving(), {node.name: node.ray_id for node in nodes}
+        whole = {n for n in crew.plan.nodes if n in self._memory.leaving or told.issuperset(crew.plan.ranks_on(n))}
+        for node in whole - self._members.leaving:
+            self._members.leave(node, life.get(node, ""), time.time())
+        return frozenset(whole)
 
     def _limits(self, crew: Crew) -> Limits:
         detect = self._config.detect
@@ -343,27 +380,29 @@ class Controller:
             self.stop("the program that started the run has ended")
         if self._stop.is_set():
             return Trouble("preemption", (), (), "asked to stop", self._journal.reached, time.time())
-        fresh = self._settled(crew.plan)
+        if time.monotonic() - self._asked_to_grow < GROW_LOOK_S:
+            return None
+        self._asked_to_grow = time.monotonic()
+        fresh = self._fresh(crew.plan)
         if not fresh:
             return None
         situation = self._planner.situation(
             self._places(), source=crew.plan.source, generation=crew.plan.generation, overlap=None, trouble=None
         )
         option = worth_growing(crew.plan, self._planner.wish(), situation)
-        if option is None or not self._pool.is_ready([f"{n}.0" for n in fresh]):
+        if option is None or not self._pool.is_ready(self._seats_on(fresh)):
             return None
         return Trouble("resize", (), tuple(fresh), f"{', '.join(fresh)} joined: {option}", self._journal.reached, time.time())
 
-    def _settled(self, plan: Plan) -> list[str]:
-        """Nodes without a rank that have been usable for a while, so that a flapping one is not grown onto."""
-        now = time.monotonic()
-        barred = self._quarantine.reasons(time.time())
-        alive = {n.name for n in self._cluster.nodes() if n.alive and not n.head and not n.draining} - set(barred)
-        self._seen_since = {n: self._seen_since.get(n, now) for n in alive}
-        fresh = sorted(n for n in alive - set(plan.nodes) if now - self._seen_since[n] > SETTLE_S)
-        for node in fresh:
-            self._pool.start([f"{node}.{slot}" for slot in range(self._config.cluster.workers_per_node)])
-        return fresh
+    def _fresh(self, plan: Plan) -> list[str]:
+        """Nodes without a rank that have been here for a while, so that a flapping one is not grown onto; made warm."""
+        idle = [place.node for place in self._places() if place.node not in plan.nodes]
+        self._pool.start(self._seats_on(idle))
+        settled = self._members.settled(self._cluster.nodes(), time.time())
+        return [name for name in idle if name in settled]
+
+    def _seats_on(self, nodes: Sequence[str]) -> list[str]:
+        return [f"{node}.{slot}" for node in nodes for slot in range(self._config.cluster.workers_per_node)]
 
     # trouble
 
@@ -379,15 +418,13 @@ class Controller:
         for rank, view in enumerate(crew.ranks):
             if (view.ended is not None and view.ended.how == "died") or rank in stuck:
                 self._pool.forget(crew.plan.seats[rank].worker)
-        now = time.time()
         for node in dead:
             self._pool.forget(node=node)
-            self._quarantine = self._quarantine.lost(node, now_s=now, base_s=self._config.detect.quarantine_s)
-            if self._quarantine.holds(node, now):
-                reason = f"quarantine: {self._quarantine.reasons(now)[node]}"
-                self._journal.event("trouble", reason=reason, cause="quarantine", nodes=[node])
+            self._tell(self._members.lost(node, time.time()))
         for node in self._memory.lost:
             self._pool.forget_agent(node)
+        if trouble.kind == "preemption":
+            self._pool.end_workers([crew.plan.seats[rank].worker for rank in trouble.ranks])
         self._journal.cleared(seconds=time.monotonic() - began, stuck=stuck)
 
     def _reject(self, plan: Plan) -> None:

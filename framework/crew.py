@@ -35,6 +35,7 @@ class RankView:
     ended: Ended | None = None
     outcome: dict[str, Any] | None = None
     acked: int = 0
+    leaving: bool = False
 
 
 @dataclass(slots=True)
@@ -100,6 +101,10 @@ class Crew:
         """(step, phase) of each rank that still runs."""
         return {r: view.progress for r, view in enumerate(self.ranks) if view.ended is None}
 
+    def leaving(self) -> frozenset[int]:
+        """The ranks whose process was asked to leave."""
+        return frozenset(r for r, view in enumerate(self.ranks) if view.leaving)
+
     def ended(self) -> dict[int, Ended]:
         """How the calls that have ended badly did so."""
         return {r: v.ended for r, v in enumerate(self.ranks) if v.ended is not None and v.outcome is None}
@@ -146,6 +151,7 @@ class Crew:
         view.heard, view.progress = time.monotonic(), tuple(answer["progress"])
         if view.asked:
             self.answers_s.append(view.heard - view.asked)
+        view.leaving = bool(answer["leaving"])
         fresh = [item for number, item in answer["said"] if number > view.acked]
         view.acked = max([number for number, _ in answer["said"]], default=view.acked)
         return fresh

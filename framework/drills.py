@@ -1,9 +1,10 @@
 """Drills: a run with faults beside its fault-free twin, and what must be true of the two.
 
     ledger      every sample used exactly once, whatever happened
-    lost        no incident lost more steps than lie between two snapshots
+    lost        no incident lost more steps than lie between two snapshots; one that could be prepared for lost none
     status      the run finished, and so did its twin
     losses      each step's loss within 1e-5 (relative) of the twin's; the held-out loss too
+    incidents   what had to happen did, in this order; the same of machines that came and went
     state       the same bytes where the layout never changed, else every tensor within 1e-4 of the twin's
 
 Rule of this file: pure, but for reading two run directories and their last checkpoints. It starts nothing.
@@ -27,12 +28,19 @@ STATE_ATOL = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Drill:
-    """A named set: overrides of the config, and the faults on top of them."""
+    """A named set: overrides of the config, and the faults on top of them.
+
+    `kinds` are those of the incidents that must be the first, `news` what must be said of machines in this order, `lost`
+    how many steps may be lost if that is not the interval of snapshots.
+    """
 
     name: str
     about: str
     overrides: tuple[str, ...]
     faults: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
+    news: tuple[str, ...] = ()
+    lost: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,20 @@ BASE = (
     "fault_tolerance.every_steps=2",
 )
 
+FEW = (  # one worker a node: steps are short, so that machines have time to come back
+    "model=tiny",
+    "data=synthetic",
+    "optim.global_batch=8",
+    "monitor=quiet",
+    "cluster.num_nodes=4",
+    "cluster.workers_per_node=1",
+    "layout.pp=2",
+    "layout.dp=2",
+    "layout.tp=1",
+    "fault_tolerance.tolerate=2",
+    "fault_tolerance.every_steps=2",
+)
+
 DRILLS = (
     Drill("worker", "a worker is killed and replaced in place", BASE, ("{step: 7, kind: kill_worker, rank: 3, phase: forward}",)),
     Drill("node", "a node is lost; the rest goes on under another layout", BASE, ("{step: 7, kind: kill_node, node: n1, phase: backward}",)),
@@ -77,15 +99,73 @@ DRILLS = (
     Drill(
         "spare",
         "a lost node is replaced by a spare, under the same layout",
-        (*BASE, "cluster.spare_nodes=1", "cluster.max_nodes=5"),
+        (*BASE, "cluster.spare_nodes=1"),
         ("{step: 7, kind: kill_node, node: n2, phase: optimizer}",),
+        kinds=("node_loss",),
+    ),
+    Drill(
+        "grow",
+        "a lost node comes back and is grown onto, then another one is lost",
+        (*FEW, "optim.num_steps=120"),
+        (
+            "{step: 6, kind: kill_node, node: n1, phase: backward}",
+            "{step: 8, kind: add_node, node: n1}",
+            "{step: 110, kind: kill_node, node: n2, phase: forward}",
+        ),
+        kinds=("node_loss", "resize", "node_loss"),
+        news=("gone", "joined", "gone"),
+    ),
+    Drill(
+        "flap",
+        "a node that comes and goes is barred, and used again when that is over",
+        (*FEW, "optim.num_steps=200", "detect.quarantine_s=10"),
+        tuple(
+            f"{{step: {step}, kind: {kind}, node: n1}}"
+            for step, kind in ((6, "kill_node"), (8, "add_node"), (40, "kill_node"), (42, "add_node"), (80, "kill_node"), (82, "add_node"))
+        ),
+        kinds=("node_loss",),
+        news=("gone", "joined", "gone", "joined", "gone", "quarantine", "expired"),
+    ),
+    Drill(
+        "preempt",
+        "a node is asked to leave (SIGTERM) and taken away; the state is safe before it goes",
+        (*FEW, "optim.num_steps=40"),
+        ("{step: 7, kind: preempt, node: n1, phase: forward, severity: 15}",),
+        kinds=("preemption",),
+        news=("left",),
+    ),
+    Drill(
+        "partition",
+        "a node is out of reach for a while; what was there is fenced, and the node is used again",
+        (*FEW, "optim.num_steps=120"),
+        ("{step: 7, kind: partition, node: n1, phase: backward, severity: 12}",),
+        kinds=("node_loss", "resize"),
+        news=("gone", "joined"),
+    ),
+    Drill(
+        "corrupt",
+        "a block in memory is damaged and a node is lost; both are decoded",
+        (*FEW, "optim.num_steps=16"),
+        ("{step: 7, kind: corrupt_block, node: n2, severity: 1}", "{step: 8, kind: kill_node, node: n1, phase: forward}"),
+        kinds=("node_loss",),
+    ),
+    Drill(
+        "beyond",
+        "more is damaged and lost than parity can mend; the run goes on from its checkpoint",
+        (*FEW, "optim.num_steps=16", "fault_tolerance.tolerate=1", "fault_tolerance.durable.every_steps=4"),
+        ("{step: 7, kind: corrupt_block, node: n2, severity: 99}", "{step: 8, kind: kill_node, node: n1, phase: forward}"),
+        kinds=("node_loss",),
+        lost=4,
     ),
     Drill("stop", "a worker is stopped (SIGSTOP)", BASE, ("{step: 7, kind: stop_worker, rank: 5, phase: forward}",)),
     Drill("raise", "a worker raises an error", BASE, ("{step: 7, kind: raise, rank: 2, phase: optimizer}",)),
 )
 
 
-def checks(run: str | Path, twin: str | Path, *, every_steps: int) -> Iterator[Check]:
+PREPARED = ("preemption", "resize")  # kinds of incidents before which the state is made safe
+
+
+def checks(run: str | Path, twin: str | Path, *, every_steps: int, drill: Drill | None = None) -> Iterator[Check]:
     """Every invariant of a run and its twin, from what they left behind."""
     summary, other = run_dir.summary(run) or {}, run_dir.summary(twin) or {}
     status = f"{summary.get('status')} and {other.get('status')}"
@@ -94,7 +174,16 @@ def checks(run: str | Path, twin: str | Path, *, every_steps: int) -> Iterator[C
     yield _ledger(rows, len(expected))
     incidents: Sequence[Mapping[str, Any]] = summary.get("incidents", ())
     lost = max((int(i["steps_lost"]) for i in incidents), default=0)
-    yield Check("lost", lost <= every_steps, f"{lost} steps at most in {len(incidents)} incidents, {every_steps} allowed")
+    allowed = every_steps if drill is None or drill.lost is None else drill.lost
+    prepared = max((int(i["steps_lost"]) for i in incidents if i.get("kind") in PREPARED), default=0)
+    seen = f"{lost} steps at most in {len(incidents)} incidents, {allowed} allowed; {prepared} in those that were prepared for"
+    yield Check("lost", lost <= allowed and prepared == 0, seen)
+    if drill is not None and drill.kinds:
+        kinds = [str(i["kind"]) for i in incidents]
+        yield Check("incidents", kinds[: len(drill.kinds)] == list(drill.kinds), ", ".join(kinds) or "none")
+    if drill is not None and drill.news:
+        news = [str(e["cause"]) for e in run_dir.events(run) if e["kind"] == "node"]
+        yield Check("machines", _in_order(drill.news, news), ", ".join(news) or "nothing was said of machines")
     yield _losses(rows, expected)
     same_layout = {row["layout"] for row in rows} == {row["layout"] for row in expected}
     if same_layout:
@@ -102,6 +191,12 @@ def checks(run: str | Path, twin: str | Path, *, every_steps: int) -> Iterator[C
         yield Check("state", equal, f"sha256 {str(summary.get('state_sha256'))[:16]} and {str(other.get('state_sha256'))[:16]}")
     else:
         yield _state(run, twin)
+
+
+def _in_order(wanted: Sequence[str], seen: Sequence[str]) -> bool:
+    """Whether `seen` has all that is wanted, in this order, whatever lies between."""
+    rest = iter(seen)
+    return all(word in rest for word in wanted)
 
 
 def _ledger(rows: Sequence[Mapping[str, Any]], num_steps: int) -> Check:

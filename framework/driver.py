@@ -26,6 +26,7 @@ from framework.durable import check_same, resolve
 from framework.local_cluster import LocalCluster
 from framework.nodes import DOMAIN_LABEL, Exit, complaint
 from framework.progress import make_progress
+from framework.reach import Reach, reachable
 from framework.run_dir import RunDir
 from framework.startup import Startup
 from framework.telemetry import Telemetry
@@ -129,7 +130,8 @@ def _opened(config: Config, run_id: str, startup: Startup, early: LocalCluster |
     startup.mark("cluster")
     startup.divide("cluster", {name.removesuffix("_s").replace("_", " "): s for name, s in cluster.timings.items()})
     try:
-        yield cluster
+        with reachable(config.run_dir, Reach(cluster.address, cluster.control)):
+            yield cluster
     finally:
         cluster.close()
 

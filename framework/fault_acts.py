@@ -25,6 +25,7 @@ from fault_tolerance.vault_client import VaultClient
 from fault_tolerance.wire import Refused, WireError, local_address
 from framework.machines import CONTROL, Machines
 
+REVIVE_S = 5.0  # a raylet that Ray has given up ends when it hears of it, and is started again by whoever looks after it
 PROTECTED_S = 30.0  # how long to wait for a snapshot to be protected before it is damaged
 
 
@@ -44,6 +45,7 @@ def partition(node: str | None, *, for_s: float) -> None:
     """Freeze a machine, alive, and let it go on later, when the others have long gone on without it."""
     machines, name = _need_machines("partition"), node or os.environ["HOLDFAST_NODE"]
     machines.later(for_s, "cont", name)
+    machines.later(for_s + REVIVE_S, "revive", name)
     machines.stop(name)
 
 

@@ -66,7 +66,7 @@ class Fault:
         if (self.rank is None) == (self.node is None):
             raise ValueError(f"drill.faults: exactly one of rank and node must be given, got {self}")
         if self.node is None and self.kind == "add_node":
-            raise ValueError(f"drill.faults: add_node needs a node, got {self}; for example node: n1")
+            raise ValueError(f"drill.faults: add_node needs a node, got rank {self.rank}; for example node: n1")
         if self.step < 0:
             raise ValueError(f"drill.faults.step: must not be negative, got {self.step}")
 

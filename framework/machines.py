@@ -56,7 +56,7 @@ class Machines:
         return tuple(self._ask("cont", node=node))
 
     def later(self, in_s: float, do: str, node: str) -> None:
-        """Have `add`, `kill`, `stop` or `cont` done after a while, by the warden: the caller need not live until then."""
+        """Have `add`, `kill`, `stop`, `cont` or `revive` (add if dead) done by the warden; the caller need not live until then."""
         self._ask("later", in_s=in_s, do=do, node=node)
 
     def workers(self, node: str) -> tuple[int, ...]:

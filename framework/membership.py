@@ -40,7 +40,6 @@ class Membership:
         self._bar_s, self._settle_s, self._max, self._window_s = bar_s, settle_s, max_losses, window_s
         self._quarantine = Quarantine()
         self._holding: set[str] = set()
-        self._losses: dict[str, list[float]] = {}
         self._out: set[str] = set()
         self._since: dict[str, tuple[str, float]] = {}  # node: the life (Ray's id) that is here, and since when
         self._leaving: dict[str, tuple[str, float]] = {}
@@ -92,10 +91,7 @@ class Membership:
     def evict(self, node: str, reason: str, now: float) -> News:
         """Bar a machine for a while."""
         self._quarantine = self._quarantine.add(node, reason, now_s=now, base_s=self._bar_s)
-        self._holding.add(node)
-        until = next(e.until_s for e in self._quarantine.entries if e.node == node)
-        how_long = "until the run ends" if until is None else f"for {until - now:.0f} s"
-        return News("quarantine", node, f"{reason}; not used {how_long}", until)
+        return self._barred(node, now)
 
     def recall(self, events: Sequence[Mapping[str, Any]], now: float) -> None:
         """Learn again, from the events of an earlier life of the controller, who is barred."""
@@ -109,12 +105,18 @@ class Membership:
         if node in self._out:
             return
         self._out.add(node)
-        times = [t for t in self._losses.get(node, []) if now - t < self._window_s] + [now]
-        self._losses[node] = times
         yield News("gone", node, f"{node} is gone")
-        if len(times) >= self._max and not self._quarantine.holds(node, now):
-            self._losses[node] = []
-            yield self.evict(node, f"{node} was lost {len(times)} times within {self._window_s:.0f} s", now)
+        if not self._quarantine.holds(node, now):
+            self._quarantine = self._quarantine.lost(
+                node, now_s=now, base_s=self._bar_s, most=self._max, window_s=self._window_s
+            )
+            if self._quarantine.holds(node, now):
+                yield self._barred(node, now)
+
+    def _barred(self, node: str, now: float) -> News:
+        self._holding.add(node)
+        entry = next(e for e in self._quarantine.entries if e.node == node)
+        return News("quarantine", node, entry.told(now), entry.until_s)
 
     def _expired(self, now: float) -> list[News]:
         held = {e.node for e in self._quarantine.active(now)}

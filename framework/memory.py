@@ -53,6 +53,7 @@ class Memory:
         self._rejected: set[tuple[int, int]] = set()
         self._log: SnapshotLog | None = None
         self.lost: frozenset[str] = frozenset()
+        self.leaving: frozenset[str] = frozenset()
         self.generation = 0
 
     @property
@@ -82,6 +83,12 @@ class Memory:
         """The snapshot that was chosen failed its proof: it is never tried again."""
         if self.snapshot is not None:
             self._rejected.add(self.snapshot.key)
+
+    def holders_gone(self) -> tuple[str, ...]:
+        """Nodes that held a part of the chosen snapshot when it was chosen, and whose vaults do not answer any more."""
+        held = () if self.snapshot is None else tuple(holder.node for holder in self.snapshot.holders)
+        answered = self._all(lambda client: client.status(), only=held)
+        return tuple(node for node in held if answered.get(node) is None)
 
     def overlap(self, layout: Layout, node: str, ranks: range) -> int:
         """Bytes that a node's vault already holds of what these ranks of a layout need."""
@@ -125,7 +132,7 @@ class Memory:
         missing = sorted(set(plan.nodes) - {node for node, answer in opened.items() if answer is not None})
         if missing:
             raise PoolError(f"vaults of {', '.join(missing)} did not take up generation {plan.generation}")
-        self._log, self.lost = SnapshotLog(snapshots, base), frozenset()
+        self._log, self.lost, self.leaving = SnapshotLog(snapshots, base), frozenset(), frozenset()
         return {"snapshots": snapshots.to_json(), "restore": None if base is None else base.to_json()}
 
     def poll(self, *, last: bool = False) -> list[dict[str, Any]]:
@@ -144,6 +151,8 @@ class Memory:
                 with contextlib.suppress(WireError, Refused):
                     watch.catch_up(client)
             for event in watch.events():
+                if event["kind"] == "leaving":
+                    self.leaving |= {node}
                 self._log.hear(node, event)
             if watch.lost:
                 self.lost |= {node}

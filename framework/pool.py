@@ -90,7 +90,18 @@ class Pool:
         """Whether workers of these seats, and the agents of their nodes, have started."""
         names = {f"worker {seat}" for seat in seats} | {f"agent {seat.rpartition('.')[0]}" for seat in seats}
         known = {f"worker {seat}" for seat in self.workers} | {f"agent {node}" for node in self.agents}
-        return names <= known and not any(not call.done() for who, call in self._starting.items() if who in names)
+        if not names <= known:
+            return False
+        starting = {who: call for who, call in self._starting.items() if who in names}
+        if not all(call.done() for call in starting.values()):
+            return False
+        for who, call in starting.items():
+            try:
+                call.result(0)
+            except CallError:  # it died before it was of use: whoever asks next finds it missing, and starts another
+                self._drop(who)
+                return False
+        return True
 
     def forget(self, worker: str | None = None, *, node: str | None = None) -> None:
         """A process is gone: a worker by its id, or all of a node."""
@@ -98,6 +109,8 @@ class Pool:
             self.workers.pop(worker, None)
             self._starting.pop(f"worker {worker}", None)
         if node is not None:
+            for remote in self._on(node):
+                remote.kill()  # should the machine be there again, nothing of its former life is
             self.forget_agent(node)
             for seat in [s for s in self.workers if s.rpartition(".")[0] == node]:
                 self.forget(seat)
@@ -115,6 +128,21 @@ class Pool:
             self.forget(node=node)
         return tuple(sorted(known - alive))
 
+    def end_workers(self, seats: Sequence[str]) -> None:
+        """End workers that are asked to leave."""
+        for seat in [seat for seat in seats if seat in self.workers]:
+            self.workers[seat].kill()
+            self.forget(seat)
+
+    def end_node(self, node: str) -> None:
+        """End all that is on a node that leaves, its vault included."""
+        if node in self.agents:
+            self.agents[node].call("close").wait(1.0)
+        self.forget(node=node)
+
+    def _on(self, node: str) -> list[Remote]:
+        return [r for s, r in self.workers.items() if s.rpartition(".")[0] == node] + [r for n, r in self.agents.items() if n == node]
+
     def warm(self, node: str) -> int:
         """How many workers live on a node."""
         return sum(seat.rpartition(".")[0] == node for seat in self.workers)
@@ -130,6 +158,13 @@ class Pool:
                 remote.kill()
             group.clear()
 
+    def _drop(self, who: str) -> None:
+        kind, _, name = who.partition(" ")
+        if kind == "agent":
+            self.forget_agent(name)
+        else:
+            self.forget(name)
+
     def _log(self, kind: str, name: str) -> str:
         return f"{self._logs}/{kind}_{name}.log"
 
@@ -138,10 +173,7 @@ class Pool:
         try:
             identity = ready.result(0)
         except CallError as error:
-            if kind == "agent":
-                self.forget_agent(name)
-            else:
-                self.forget(name)
+            self._drop(who)
             message = f"{who} did not start: {error}\n{tail(self._log(kind, name), 5)}".rstrip()
             raise PoolError(message, complaint=complaint(error)) from error
         for key in ("version", "digest"):

@@ -54,6 +54,29 @@ def forget_facts(run_id: str) -> None:
     _internal_kv_del(_facts_key(run_id))
 
 
+def give_notice(gcs_address: str, node_id: str, *, deadline_s: float) -> None:
+    """Tell Ray that a node will be taken away, as a cloud does; it then shows as draining. Raises ClusterError."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    deadline_ms = int((time.time() + deadline_s) * 1000)
+    reason = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    accepted, why = GcsClient(address=gcs_address).drain_node(node_id, reason, "holdfast", deadline_ms)
+    if not accepted:
+        raise ClusterError(f"drain: the node must accept the notice, it answered {why}")
+
+
+def node_id(gcs_address: str, name: str) -> str:
+    """Ray's id of the living node of a name. Raises ClusterError. For programs that have not joined the cluster."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    alive = [info for info in GcsClient(address=gcs_address).get_all_node_info(timeout=10.0).values() if info.state == 0]
+    for info in alive:
+        if info.node_name == name:
+            return str(info.node_id.hex())
+    raise ClusterError(f"node: must be alive, got {name}; alive are {', '.join(sorted(info.node_name for info in alive))}")
+
+
 def connect(run_id: str, address: str, *, node_ip: str | None = None, timeout_s: float = 60.0) -> None:
     """Make this process the run's driver. `node_ip` tells which node is this one, if several are on this machine.
 

@@ -25,7 +25,8 @@ from typing import Any
 import yaml
 
 EVENT_KINDS = (
-    "preflight", "plan", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "checkpoint", "record", "verdict", "finished", "failed",
+    "preflight", "plan", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "node", "checkpoint", "record", "verdict",
+    "finished", "failed",
 )  # fmt: skip
 METRIC_KEYS = (
     "step", "loss", "grad_norm", "lr", "tokens", "samples", "step_time_s", "tokens_per_s", "generation", "layout",

@@ -97,10 +97,17 @@ class Warden:
         return self._signal(node, signal.SIGCONT, "up")
 
     def do_later(self, in_s: float, do: str, node: str) -> None:
-        """Have one of the four above done after a while, whether or not whoever asked still lives then."""
-        if do not in ("add", "kill", "stop", "cont"):
-            raise ValueError(f"later: must be add, kill, stop or cont, got {do}")
+        """Have something of this done to a machine after a while, whether or not whoever asked still lives then."""
+        if do not in ("add", "kill", "stop", "cont", "revive"):
+            raise ValueError(f"later: must be add, kill, stop, cont or revive, got {do}")
         self.due.append((time.monotonic() + in_s, do, node))
+
+    def do_revive(self, node: str) -> None:
+        """What a service manager does on the machine: start its raylet again if that has ended."""
+        self._known(node)
+        self._reap()
+        if self.state[node] == "dead":
+            self.do_add(node)
 
     def do_pids(self, node: str) -> list[int]:
         """Live processes of a machine, its raylet first."""

@@ -41,6 +41,7 @@ class Sight:
     dead_nodes: frozenset[str]
     draining: frozenset[str]
     vaults_lost: frozenset[str] = frozenset()
+    leaving: frozenset[int] = frozenset()  # ranks whose process was asked to leave (SIGTERM)
     collective_broken_s: float = 0.0  # since the first rank was thrown out of a collective
 
 
@@ -65,7 +66,7 @@ def judge(sight: Sight, plan: Plan, limits: Limits) -> Trouble | None:
         or _lost_vaults(sight, plan)
         or _broken_collective(sight, plan, limits)
         or _stall(sight, plan, limits)
-        or _notice(sight, plan)
+        or notice(sight, plan)
     )
 
 
@@ -142,9 +143,13 @@ def _stall(sight: Sight, plan: Plan, limits: Limits) -> Trouble | None:
     return _trouble("hang", ranks, evidence, sight, plan, sight.quiet_s)
 
 
-def _notice(sight: Sight, plan: Plan) -> Trouble | None:
+def notice(sight: Sight, plan: Plan) -> Trouble | None:
+    """Whoever was asked to leave: whole nodes, or single processes."""
     nodes = [n for n in plan.nodes if n in sight.draining]
-    if not nodes:
+    ranks = [r for r, seat in enumerate(plan.seats) if seat.node in nodes or r in sight.leaving]
+    if not ranks:
         return None
-    ranks = [r for r, seat in enumerate(plan.seats) if seat.node in nodes]
-    return _trouble("preemption", ranks, f"{', '.join(nodes)} asked to leave", sight, plan)
+    alone = [str(r) for r in ranks if plan.seats[r].node not in nodes]
+    told = [f"{', '.join(nodes)} asked to leave"] if nodes else []
+    told += [f"the process of rank {', '.join(alone)} asked to leave by SIGTERM"] if alone else []
+    return _trouble("preemption", ranks, "; ".join(told), sight, plan)

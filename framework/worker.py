@@ -37,6 +37,7 @@ from framework.faults import FaultInjector
 from framework.finish import sample_text, state_digest
 from framework.incident import Recovery
 from framework.initial import InitialWeights
+from framework.notice import Notice
 from framework.plan import Plan
 from framework.recording import Recording
 from framework.restoring import RestoreFailed, restore, tensor_reader
@@ -69,6 +70,7 @@ class Worker:
         self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=MAX_SAID)
         self._number = 0
         self._generation = 0
+        self._stop_asked = 0
         self._mesh: Mesh | None = None
         self._recording: Recording | None = None
         self._standing = ""
@@ -80,6 +82,7 @@ class Worker:
         self._heard = time.monotonic()
         logs = Path(self._config.run_dir) / "logs"
         logs.mkdir(parents=True, exist_ok=True)
+        self._notice = Notice()
         self._stacks = arm(logs / f"stacks_{name}.txt")
         threading.Thread(target=self._watch_lease, daemon=True, name="lease").start()
 
@@ -92,10 +95,11 @@ class Worker:
             self._said.popleft()
         trainer = self._trainer
         progress = trainer.progress if trainer is not None else (0, self._phase)
-        return {"generation": self._generation, "progress": progress, "said": list(self._said)}
+        return {"generation": self._generation, "progress": progress, "said": list(self._said), "leaving": self._notice.came}
 
     def request_stop(self, generation: int) -> None:
         """End at the next step boundary, with all ranks."""
+        self._stop_asked = generation
         if generation == self._generation and self._trainer is not None:
             self._trainer.request_stop()
 
@@ -253,6 +257,8 @@ class Worker:
             record=recording,
             reseed=lambda step: seed_streams(config.seed, step, mesh.seat[:2]),
         )
+        if self._stop_asked == plan.generation:
+            trainer.request_stop()  # asked while this rank was still restoring
         try:
             outcome = trainer.run(start)
             if outcome.kind in ("finished", "stopped"):

@@ -47,7 +47,7 @@ def _run(drill: Drill, overrides: Sequence[str], root: Path) -> list[Check]:
     _train(twin, words)
     _train(run, [*words, f"drill.faults=[{', '.join(drill.faults)}]"])
     every = run_dir.config(twin)["fault_tolerance"]["every_steps"]
-    return list(checks(run, twin, every_steps=every))
+    return list(checks(run, twin, every_steps=every, drill=drill))
 
 
 def _train(directory: Path, words: Sequence[str]) -> None:
@@ -65,7 +65,7 @@ def _table(results: Sequence[tuple[Drill, Sequence[Check]]]) -> str:
     for drill, found in results:
         verdict = "held" if all(check.held for check in found) else "VIOLATED"
         lines.append(f"{drill.name:<10}{verdict:<10}{drill.about}")
-        lines += [f"  {'ok  ' if check.held else 'FAIL'} {check.what:<8}{check.seen}" for check in found]
+        lines += [f"  {'ok  ' if check.held else 'FAIL'} {check.what:<11}{check.seen}" for check in found]
     return "\n".join(lines)
 
 

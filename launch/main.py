@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-COMMANDS = ("train", "plan", "drill", "checkpoint", "report", "doctor", "simulate")
+COMMANDS = ("train", "plan", "drill", "cluster", "checkpoint", "report", "doctor", "simulate")
 USER_ERROR, INTERRUPTED = 2, 130
 HERE = Path(__file__).resolve().parent
 

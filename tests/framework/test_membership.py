@@ -68,7 +68,7 @@ def test_a_machine_that_comes_and_goes_is_barred_with_a_reason_and_an_expiry_and
         news = made.see(without("n1"), now, answers=lambda _: True)
         assert [item.what for item in news] == (["gone"] if count < 3 else ["gone", "quarantine"])
         see(made, reborn("n1", f"life {count}"), now + 5)
-    assert news[-1] == News("quarantine", "n1", "n1 was lost 3 times within 600 s; not used for 60 s", 90.0)
+    assert news[-1] == News("quarantine", "n1", "n1 was lost 3 times in 600 s; not used for 60 s", 90.0)
     back = reborn("n1", "life 3")
     assert names(made, back, 40.0) == ["n0", "n2"] and names(made, back, 90.5) == ["n0", "n1", "n2"]
     assert see(made, back, 90.5) == ["expired n1"] and see(made, back, 90.6) == []
@@ -111,6 +111,6 @@ def test_the_head_and_draining_machines_get_no_work() -> None:
 
 
 def test_a_quarantine_of_no_length_is_refused_only_if_negative() -> None:
-    assert members(bar_s=0.0).evict("n1", "slow", 5.0) == News("quarantine", "n1", "slow; not used until the run ends", None)
+    assert members(bar_s=0.0).evict("n1", "slow", 5.0) == News("quarantine", "n1", "slow; not used until a person lifts it", None)
     with pytest.raises(ValueError, match="base_s must not be negative"):
         members(bar_s=-1.0).evict("n1", "slow", 5.0)
