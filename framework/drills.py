@@ -80,6 +80,7 @@ FEW = (  # one worker a node: steps are short, so that machines have time to com
     "fault_tolerance.tolerate=2",
     "fault_tolerance.every_steps=2",
 )
+LONG = (*FEW, "optim.num_steps=120", "detect.quarantine_s=10")
 
 DRILLS = (
     Drill("worker", "a worker is killed and replaced in place", BASE, ("{step: 7, kind: kill_worker, rank: 3, phase: forward}",)),
@@ -106,7 +107,7 @@ DRILLS = (
     Drill(
         "grow",
         "a lost node comes back and is grown onto, then another one is lost",
-        (*FEW, "optim.num_steps=120"),
+        LONG,
         (
             "{step: 6, kind: kill_node, node: n1, phase: backward}",
             "{step: 8, kind: add_node, node: n1}",
@@ -118,10 +119,10 @@ DRILLS = (
     Drill(
         "flap",
         "a node that comes and goes is barred, and used again when that is over",
-        (*FEW, "optim.num_steps=200", "detect.quarantine_s=10"),
+        LONG,
         tuple(
             f"{{step: {step}, kind: {kind}, node: n1}}"
-            for step, kind in ((6, "kill_node"), (8, "add_node"), (40, "kill_node"), (42, "add_node"), (80, "kill_node"), (82, "add_node"))
+            for step, kind in ((6, "kill_node"), (8, "add_node"), (30, "kill_node"), (32, "add_node"), (54, "kill_node"), (56, "add_node"))
         ),
         kinds=("node_loss",),
         news=("gone", "joined", "gone", "joined", "gone", "quarantine", "expired"),
@@ -129,7 +130,7 @@ DRILLS = (
     Drill(
         "preempt",
         "a node is asked to leave (SIGTERM) and taken away; the state is safe before it goes",
-        (*FEW, "optim.num_steps=40"),
+        LONG,
         ("{step: 7, kind: preempt, node: n1, phase: forward, severity: 15}",),
         kinds=("preemption",),
         news=("left",),
@@ -137,7 +138,7 @@ DRILLS = (
     Drill(
         "partition",
         "a node is out of reach for a while; what was there is fenced, and the node is used again",
-        (*FEW, "optim.num_steps=120"),
+        LONG,
         ("{step: 7, kind: partition, node: n1, phase: backward, severity: 12}",),
         kinds=("node_loss", "resize"),
         news=("gone", "joined"),

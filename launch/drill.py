@@ -35,16 +35,20 @@ def main(arguments: Sequence[str]) -> int:
     chosen = DRILLS if "all" in names else [known[name] for name in names]
     overrides = [word for word in arguments if "=" in word]
     root = Path(tempfile.mkdtemp(prefix="drill-", dir=_runs()))
-    results = [(drill, _run(drill, overrides, root)) for drill in chosen]
+    twins: dict[tuple[str, ...], Path] = {}
+    results = [(drill, _run(drill, overrides, root, twins)) for drill in chosen]
     print(_table(results))
     print(f"run directories below {root}")
     return 0 if all(check.held for _, found in results for check in found) else 1
 
 
-def _run(drill: Drill, overrides: Sequence[str], root: Path) -> list[Check]:
-    run, twin = root / drill.name, root / f"{drill.name}-twin"
-    words = [*drill.overrides, *overrides]
-    _train(twin, words)
+def _run(drill: Drill, overrides: Sequence[str], root: Path, twins: dict[tuple[str, ...], Path]) -> list[Check]:
+    """`twins`: those that have been run, by their overrides; the same one serves every drill that differs in faults only."""
+    run, words = root / drill.name, (*drill.overrides, *overrides)
+    if words not in twins:
+        twins[words] = root / f"{drill.name}-twin"
+        _train(twins[words], words)
+    twin = twins[words]
     _train(run, [*words, f"drill.faults=[{', '.join(drill.faults)}]"])
     every = run_dir.config(twin)["fault_tolerance"]["every_steps"]
     return list(checks(run, twin, every_steps=every, drill=drill))
