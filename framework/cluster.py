@@ -40,6 +40,7 @@ from framework.nodes import (
     WorkerUnavailable,
     machine_names,
     natural,
+    one_life,
 )
 from framework.ray_calls import Actor, Call, Remote, wait_all, wait_any
 from framework.ray_session import connect, forget_facts, get_facts, give_notice, namespace, put_facts
@@ -51,6 +52,7 @@ __all__ = [
 ]  # fmt: skip
 
 POLL_S = 0.05
+ACCEPT_S = 0.5
 ID_CHARS = 12
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
@@ -164,7 +166,7 @@ class Cluster:
     def nodes(self) -> tuple[Node, ...]:
         """All machines, by name; of one that came back, its present life. About 1 ms."""
         draining = set(ray_state.get_draining_nodes())
-        rows = sorted(ray.nodes(), key=lambda row: not row["Alive"])
+        rows = sorted(one_life(ray.nodes(), _accepts), key=lambda row: not row["Alive"])
         names = machine_names(rows)
         newest: dict[str, Node] = {}
         for row, name in zip(rows, names, strict=True):
@@ -402,6 +404,15 @@ class Cluster:
             f"cluster.num_nodes: {num_nodes} nodes with {each} each are needed, present {len(fit)} ({present}), missing "
             f"{num_nodes - len(fit)} after {timeout_s:g} s" + (f" ({others})" if others else "")
         )
+
+
+def _accepts(row: Mapping[str, Any]) -> bool:
+    """Whether the raylet of a row of Ray's node table takes a connection."""
+    try:
+        with socket.create_connection((row["NodeManagerAddress"], row["NodeManagerPort"]), timeout=ACCEPT_S):
+            return True
+    except OSError:
+        return False
 
 
 def _seat_node(name: str) -> str:

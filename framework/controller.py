@@ -209,9 +209,11 @@ class Controller:
         places = self._places()
         self._memory.look(self._pool.agents)
         source = self._source()
+        if self._journal.plan is not None:
+            self._planner.measured(self._journal.plan.layout, self._journal.step_s)
         generation = max(self._memory.generation, self._journal.generation)
         situation = self._planner.situation(
-            places, source=source, generation=generation, overlap=self._memory.overlap, trouble=trouble
+            places, source=source, generation=generation, overlap=self._memory.overlap() if source.tier == "memory" else None, trouble=trouble
         )
         return make_plan(self._run_id, self._planner.wish(), situation)
 

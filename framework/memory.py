@@ -27,6 +27,7 @@ from fault_tolerance.vault_client import VaultClient
 from fault_tolerance.wire import Refused, WireError
 from framework.cluster import CallError, Remote
 from framework.config import Config
+from framework.overlap import Overlap
 from framework.plan import Plan
 from framework.plan import Refused as NoPlan
 from framework.pool import PoolError
@@ -90,22 +91,13 @@ class Memory:
         answered = self._all(lambda client: client.status(), only=held)
         return tuple(node for node in held if answered.get(node) is None)
 
-    def overlap(self, layout: Layout, node: str, ranks: range) -> int:
-        """Bytes that a node's vault already holds of what these ranks of a layout need."""
+    def overlap(self) -> Overlap | None:
+        """What nodes hold of the chosen snapshot, to price seats with; None if there is none."""
         snapshot = self.snapshot
-        if snapshot is None or snapshot.holder(node) is None:
-            return 0
-        old, new = snapshot.plan, self._atlas(layout, self._schedule)
-        kept = {e.piece.tensor: [] for r in old.ranks_on(node) for e in old.slab(r).entries}  # type: ignore[var-annotated]
-        for rank in old.ranks_on(node):
-            for entry in old.slab(rank).entries:
-                kept[entry.piece.tensor].append(entry.piece.box)
-        total = 0
-        for rank in ranks:
-            for piece in new.held(rank):
-                both = (box.intersect(piece.box) for box in kept.get(piece.tensor, ()))
-                total += sum(box.size for box in both if box is not None)
-        return 4 * total
+        if snapshot is None:
+            return None
+        holders = [holder.node for holder in snapshot.holders if holder.data]
+        return Overlap(snapshot.plan, holders, lambda layout: self._atlas(layout, self._schedule))
 
     def open(self, plan: Plan, agents: Mapping[str, Remote]) -> dict[str, Any]:
         """Open a plan on the vaults of its nodes. Returns what its workers must be told.

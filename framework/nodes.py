@@ -6,7 +6,8 @@ Rule of this file: values only. It knows neither Ray nor processes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -88,12 +89,30 @@ class RemoteError(CallError):
         self.kind, self.message, self.traceback = kind, message, traceback
 
 
+def one_life(rows: Sequence[Mapping[str, Any]], accepts: Callable[[Mapping[str, Any]], bool]) -> list[Mapping[str, Any]]:
+    """The rows of Ray's node table, with former lives of machines dead although Ray has not noticed it yet.
+
+    A machine that was rebooted is listed twice until Ray's health check has given up its former life: two living rows of one
+    name, of which only the newer one's raylet `accepts` a connection. Several raylets on one machine all do.
+    """
+    names = [_base_name(row) for row in rows]
+    alive = Counter(name for name, row in zip(names, rows, strict=True) if row["Alive"])
+    return [
+        {**row, "Alive": False} if row["Alive"] and alive[name] > 1 and not accepts(row) else row
+        for name, row in zip(names, rows, strict=True)
+    ]
+
+
+def _base_name(row: Mapping[str, Any]) -> str:
+    return str((row.get("Labels") or {}).get(NODE_LABEL) or row.get("NodeName") or row["NodeManagerAddress"])
+
+
 def machine_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for each machine of Ray's node table: its label, else Ray's name for it, else its address.
 
     Where several living machines share one, the id tells them apart.
     """
-    names = [(row.get("Labels") or {}).get(NODE_LABEL) or row.get("NodeName") or row["NodeManagerAddress"] for row in rows]
+    names = [_base_name(row) for row in rows]
     alive = [name for name, row in zip(names, rows, strict=True) if row["Alive"]]
     return [f"{n}-{row['NodeID'][:4]}" if alive.count(n) > 1 else n for n, row in zip(names, rows, strict=True)]
 

@@ -5,7 +5,8 @@
 
 Starting, resuming, recovering, shrinking and growing are this one function of different situations. After a loss
 the choice is by expected useful work: an option that trains at rate R after a delay d is worth R * (H - d) over the
-horizon H (time to the next event), as in Unicron; options within 5% of the best yield to the least disruptive one.
+horizon H (time to the next event), as in Unicron; options within 5% of the best yield to the one that begins sooner.
+Every admissible layout of what lives is scored, and the scores are kept in the plan.
 
 Rule of this file: pure. It starts nothing, and everything it decides carries a reason.
 """
@@ -13,16 +14,23 @@ Rule of this file: pure. It starts nothing, and everything it decides carries a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from framework.seating import seat_blocks
 from parallel.layout import Layout
 
 HYSTERESIS = 0.05
+RESTORE_BYTES_S = 1e9  # of state that a node takes in from others, to reckon with
+NUM_PRICED = 3  # layouts whose moves are counted: the most useful ones
+NUM_KEPT = 64  # scores that a plan keeps
 
 
 class Refused(RuntimeError):
     """No plan is possible; the message is the run's last word on why and on what is left to do."""
+
+
+class TooFew(Refused):
+    """Fewer nodes than `cluster.min_nodes`; some may come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,6 @@ class Wish:
     tolerate: int
     start_worker_s: float = 8.0
     muster_s: float = 2.0
-    repair_s: float = 600.0
     horizon_s: float = 3600.0
 
 
@@ -76,21 +83,25 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to go on. `useful` is its expected work over the horizon, in steps."""
+    """One way to go on. `useful` is its expected work over the horizon, in steps; `moved_bytes` of state change their
+    node for it, None where that was not counted.
+    """
 
     name: str
     layout: Layout
     step_s: float
     delay_s: float
     useful: float
+    moved_bytes: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.name} {self.layout}: {self.step_s:.3g} s/step after {self.delay_s:.3g} s, {self.useful:.4g} steps"
+        moved = "" if self.moved_bytes is None else f", {self.moved_bytes / 2**20:.1f} MiB move"
+        return f"{self.name} {self.layout}: {self.step_s:.3g} s/step after {self.delay_s:.3g} s, {self.useful:.4g} steps{moved}"
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """All that is known when a plan is made. `held_bytes(rank_of_new_layout, node, layout)` prices the seats."""
+    """All that is known when a plan is made. `overlap(layout, node, ranks)` is what a node holds already."""
 
     places: tuple[Place, ...]
     generation: int
@@ -98,7 +109,7 @@ class Situation:
     predict: Callable[[Layout], float]
     candidates: Callable[[int], Sequence[Layout]]
     overlap: Callable[[Layout, str, range], int] = lambda layout, node, ranks: 0
-    returning: int = 0  # nodes that may come back
+    needed: Callable[[Layout], int] | None = None  # bytes of state that a layout's ranks need; None: nothing is held yet
     trouble: str = ""
 
 
@@ -138,13 +149,13 @@ def make_plan(run: str, wish: Wish, situation: Situation) -> Plan:
     places = situation.places
     if len(places) < wish.min_nodes:
         names = ", ".join(p.node for p in places) or "none"
-        raise Refused(f"cluster.min_nodes: {wish.min_nodes} nodes must be usable, got {len(places)} ({names})")
+        raise TooFew(f"cluster.min_nodes: {wish.min_nodes} nodes must be usable, got {len(places)} ({names})")
     scored = options(wish, situation)
     if not scored:
         slots = sum(p.slots for p in places)
         raise Refused(f"layout: no layout of the model fits the {slots} workers of {len(places)} nodes")
     chosen = choose(scored)
-    seats = _seats(chosen.layout, wish, situation)
+    seats = seats_of(chosen.layout, wish, situation)
     nodes = {seat.node: next(p.domain for p in places if p.node == seat.node) for seat in seats}
     tolerate = min(wish.tolerate, len(nodes) - 1)
     return Plan(
@@ -157,26 +168,27 @@ def make_plan(run: str, wish: Wish, situation: Situation) -> Plan:
         domains=nodes,
         tolerate=tolerate,
         source=situation.source,
-        options=scored,
-        reason=_reason(chosen, wish, situation, tolerate, len(nodes)),
+        options=scored[:NUM_KEPT],
+        reason=_reason(chosen, scored, wish, situation, tolerate, len(nodes)),
     )
 
 
 def options(wish: Wish, situation: Situation) -> tuple[Option, ...]:
-    """The admissible ways to go on, most useful first."""
+    """The admissible ways to go on, most useful first: the layout that was asked for, else all that what lives admits."""
     places = situation.places[: wish.max_nodes]
     slots = sum(p.slots for p in places)
     warm = sum(min(p.warm, p.slots) for p in places)
-    found = [_option("as configured", layout, slots, warm, wish, situation) for layout in _asked(wish, slots)]
-    if not found or wish.layout is None:
-        best = _fastest(situation.candidates(slots), wish, situation)
-        if best is not None:
-            found.append(_option("use all that lives", best, slots, warm, wish, situation))
+    asked = [wish.layout] if wish.layout is not None and wish.layout.world <= slots else []
+    found = [_option("as configured", layout, warm, wish, situation) for layout in asked]
+    if not asked:
+        found += [_option("use all that lives", c, warm, wish, situation) for c in _ranked(slots, wish, situation)]
     if 0 < warm < slots:
-        best = _fastest(situation.candidates(warm), wish, situation)
-        if best is not None:
-            found.append(_option("use only what is warm", best, slots, warm, wish, situation))
-    return tuple(sorted(found, key=lambda option: -option.useful))
+        known = {option.layout for option in found}
+        fewer = [c for c in _ranked(warm, wish, situation) if c not in known]
+        found += [_option("use only what is warm", layout, warm, wish, situation) for layout in fewer]
+    found.sort(key=lambda option: -option.useful)
+    priced = [_priced(option, wish, situation) for option in found[:NUM_PRICED]]
+    return tuple(sorted([*priced, *found[NUM_PRICED:]], key=lambda option: -option.useful))
 
 
 def expected_s(layout: Layout, wish: Wish, situation: Situation) -> float:
@@ -190,9 +202,9 @@ def expected_s(layout: Layout, wish: Wish, situation: Situation) -> float:
 
 
 def choose(scored: Sequence[Option]) -> Option:
-    """The most useful option; among those within 5% of it, the one with the shortest delay."""
+    """The most useful option; among those within 5% of it, the one that begins whole seconds sooner."""
     near = [option for option in scored if option.useful >= scored[0].useful * (1 - HYSTERESIS)]
-    return min(near, key=lambda option: (option.delay_s, -option.useful))
+    return min(near, key=lambda option: (round(option.delay_s), -option.useful))
 
 
 def microbatches(layout: Layout, wish: Wish) -> int:
@@ -219,22 +231,39 @@ def worth_growing(plan: Plan, wish: Wish, situation: Situation) -> Option | None
     return best if best.useful > now * (1 + HYSTERESIS) else None
 
 
-def _asked(wish: Wish, slots: int) -> list[Layout]:
-    return [wish.layout] if wish.layout is not None and wish.layout.world <= slots else []
+def _ranked(slots: int, wish: Wish, situation: Situation) -> list[Layout]:
+    """Layouts by expected step time; equals by what is predicted of them alone, then by simplicity."""
+    layouts = situation.candidates(slots)
+    return sorted(layouts, key=lambda c: (expected_s(c, wish, situation), situation.predict(c), c.pp, c.tp))
 
 
-def _fastest(layouts: Sequence[Layout], wish: Wish, situation: Situation) -> Layout | None:
-    """The layout with the least expected step time; equals by what is predicted of them alone, then by simplicity."""
-    return min(layouts, key=lambda c: (expected_s(c, wish, situation), situation.predict(c), c.pp, c.tp), default=None)
-
-
-def _option(name: str, layout: Layout, slots: int, warm: int, wish: Wish, situation: Situation) -> Option:
+def _option(name: str, layout: Layout, warm: int, wish: Wish, situation: Situation) -> Option:
     step_s = expected_s(layout, wish, situation)
     delay = wish.muster_s + (wish.start_worker_s if layout.world > warm else 0.0)
-    return Option(name, layout, step_s, delay, max(0.0, wish.horizon_s - delay) / max(step_s, 1e-9))
+    return Option(name, layout, step_s, delay, _useful(step_s, delay, wish))
 
 
-def _seats(layout: Layout, wish: Wish, situation: Situation) -> tuple[Seat, ...]:
+def _priced(option: Option, wish: Wish, situation: Situation) -> Option:
+    """The same, with the time it takes to move the state to where it is needed."""
+    if situation.needed is None:
+        return option
+    seats = seats_of(option.layout, wish, situation)
+    ranks: dict[str, list[int]] = {}
+    for rank, seat in enumerate(seats):
+        ranks.setdefault(seat.node, []).append(rank)
+    held = sum(situation.overlap(option.layout, node, range(r[0], r[-1] + 1)) for node, r in ranks.items())
+    moved = situation.needed(option.layout) - held
+    delay = option.delay_s + moved / len(ranks) / RESTORE_BYTES_S
+    return replace(option, moved_bytes=moved, delay_s=delay, useful=_useful(option.step_s, delay, wish))
+
+
+def _useful(step_s: float, delay_s: float, wish: Wish) -> float:
+    """Steps over the horizon. The delay counts in whole seconds, more is not known of it."""
+    return max(0.0, wish.horizon_s - round(delay_s)) / max(step_s, 1e-9)
+
+
+def seats_of(layout: Layout, wish: Wish, situation: Situation) -> tuple[Seat, ...]:
+    """Where the ranks of a layout sit, so that the fewest bytes move."""
     places = sorted(situation.places[: wish.max_nodes], key=lambda p: -min(p.warm, p.slots))
     spread = -(-layout.world // min(len(places), wish.tolerate + 1))  # on enough nodes that `tolerate` may be lost
     blocks = seat_blocks(
@@ -245,11 +274,16 @@ def _seats(layout: Layout, wish: Wish, situation: Situation) -> tuple[Seat, ...]
     return tuple(Seat(node, slot) for node, slot in blocks)
 
 
-def _reason(chosen: Option, wish: Wish, situation: Situation, tolerate: int, num_nodes: int) -> str:
+def _reason(chosen: Option, scored: Sequence[Option], wish: Wish, situation: Situation, tolerate: int, num_nodes: int) -> str:
     parts = [situation.trouble] if situation.trouble else []
     parts.append(f"{chosen.name}: layout {chosen.layout} on {num_nodes} nodes")
     if wish.layout is not None and chosen.layout != wish.layout:
         parts.append(f"instead of {wish.layout}, which needs {wish.layout.world} workers")
+    others = [option for option in scored if option.layout != chosen.layout]
+    if others and situation.trouble:
+        parts.append(f"best of {len(scored)} ways, before {others[0].layout}")
+    if chosen.moved_bytes is not None:
+        parts.append(f"{chosen.moved_bytes / 2**20:.1f} MiB of state change their node")
     source = situation.source
     parts.append("fresh weights" if source.tier == "fresh" else f"state of step {source.step} from {source.tier}")
     if tolerate < wish.tolerate:

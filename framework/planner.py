@@ -16,6 +16,7 @@ from framework.config_rules import OWN_MODEL
 from framework.cost import Method, ModelCost, predict
 from framework.incident import Trouble
 from framework.layout_choice import candidates
+from framework.overlap import Overlap
 from framework.plan import Place, Situation, Source, Wish, microbatches
 from framework.rates import Rates, calibrated, guess
 from parallel.atlas import Atlas
@@ -110,7 +111,7 @@ class Planner:
         *,
         source: Source,
         generation: int,
-        overlap: Callable[[Layout, str, range], int] | None = None,
+        overlap: Overlap | None = None,
         trouble: Trouble | None = None,
     ) -> Situation:
         """What is known, in the form that `make_plan` takes."""
@@ -120,7 +121,8 @@ class Planner:
             source=source,
             predict=lambda layout: self.step_s(layout),
             candidates=self.candidates,
-            overlap=overlap or (lambda layout, node, ranks: 0),
+            overlap=overlap if overlap is not None else (lambda layout, node, ranks: 0),
+            needed=None if overlap is None else overlap.needed,
             trouble="" if trouble is None else str(trouble),
         )
 

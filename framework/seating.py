@@ -1,8 +1,7 @@
 """Seating: which node takes which ranks, so that the fewest bytes of state have to move.
 
 Ranks are dealt out in blocks of consecutive ranks, one block a node, because consecutive ranks are tensor-parallel
-and data-parallel neighbours. Blocks go to nodes greedily by the bytes that the node already holds of them, then
-pairs are swapped while that helps.
+and data-parallel neighbours. Which node takes which block is the assignment under which the most bytes are in place.
 
 Rule of this file: pure.
 """
@@ -10,7 +9,8 @@ Rule of this file: pure.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+
+from framework.assignment import assign
 
 EXACT_NODES = 64  # above this many nodes the order of the nodes is kept: pricing all pairs would cost more than it saves
 
@@ -54,17 +54,6 @@ def _arrange(
         return nodes  # unequal nodes: a swap would move the bounds of all blocks between them
     blocks = _blocks(world, nodes)
     price = {(node, i): overlap(node, ranks) for node, _ in nodes for i, ranks in enumerate(blocks)}
-    free, place = {node for node, _ in nodes}, {}
-    for (node, i), _ in sorted(price.items(), key=lambda item: (-item[1], item[0])):
-        if node in free and i not in place:
-            place[i] = node
-            free.discard(node)
-    improved = True
-    while improved:
-        improved = False
-        for i, j in combinations(range(len(blocks)), 2):
-            if price[place[j], i] + price[place[i], j] > price[place[i], i] + price[place[j], j]:
-                place[i], place[j] = place[j], place[i]
-                improved = True
+    node_of_block = assign([[price[node, i] for node, _ in nodes] for i in range(len(blocks))])
     slots = nodes[0][1]
-    return [(place[i], slots) for i in range(len(blocks))]
+    return [(nodes[index][0], slots) for index in node_of_block]

@@ -116,3 +116,24 @@ def test_a_layout_that_was_asked_for_is_not_outbid_by_a_smaller_one() -> None:
     found = (*places(3), Place("n3", 2, "n3", warm=1))
     smaller_is_faster = situation(found, predict=lambda layout: float(layout.world))
     assert make_plan("r", WISH, smaller_is_faster).layout == Layout(2, 2, 2)
+
+
+def test_bytes_that_must_move_delay_an_option_and_are_said_in_it() -> None:
+    """Six workers under 1x3x2: nothing of it is in place, and 90 GB for each of three nodes take a minute and a half."""
+    far = situation(places(3), overlap=lambda layout, node, ranks: 0, needed=lambda layout: 270 * 10**9)
+    plan = make_plan("r", WISH, far)
+    chosen = next(option for option in plan.options if option.layout == plan.layout)
+    assert chosen.moved_bytes == 270 * 10**9 and chosen.delay_s == pytest.approx(2.0 + 90.0)
+    assert "257492.1 MiB move" in str(chosen) and "257492.1 MiB of state change their node" in plan.reason
+
+
+def test_every_layout_of_what_is_left_has_a_score() -> None:
+    plan = make_plan("r", WISH, situation(places(3)))
+    assert {option.layout for option in plan.options} == {layout for layout in LAYOUTS if layout.world <= 6}
+    assert [o.useful for o in plan.options] == sorted((o.useful for o in plan.options), reverse=True)
+
+
+def test_who_trains_now_is_preferred_to_a_spare_that_is_as_warm() -> None:
+    """A lost machine came back as the spare; at the next trouble it took its old seat, and the state moved for nothing."""
+    order = tuple(sorted(places(5), key=lambda p: p.node == "n2"))
+    assert set(make_plan("r", WISH, situation(order)).nodes) == {"n0", "n1", "n3", "n4"}

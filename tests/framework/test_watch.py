@@ -88,3 +88,11 @@ def test_no_progress_blames_the_few_that_are_behind() -> None:
 def test_a_notice_to_leave_is_planned_trouble() -> None:
     trouble = judge(see(draining=frozenset({"n0"})), PLAN, LIMITS)
     assert trouble is not None and trouble.planned and trouble.kind == "preemption"
+
+
+def test_a_process_that_was_asked_to_leave_is_named_by_its_rank_and_a_whole_node_by_its_name() -> None:
+    alone = judge(see(leaving=frozenset({3})), PLAN, LIMITS)
+    assert alone is not None and alone.planned
+    assert (alone.ranks, alone.nodes, alone.evidence) == ((3,), ("n1",), "the process of rank 3 asked to leave by SIGTERM")
+    whole = judge(see(leaving=frozenset({2, 3}), draining=frozenset({"n1"})), PLAN, LIMITS)
+    assert whole is not None and (whole.ranks, whole.evidence) == ((2, 3), "n1 asked to leave")
