@@ -206,7 +206,7 @@ class Controller:
     def _decide(self, trouble: Trouble | None) -> Plan:
         if trouble is None:
             self._await_nodes()
-        places = self._places()
+        places = self._enough(self._places())
         self._memory.look(self._pool.agents)
         source = self._source()
         if self._journal.plan is not None:
@@ -216,6 +216,17 @@ class Controller:
             places, source=source, generation=generation, overlap=self._memory.overlap() if source.tier == "memory" else None, trouble=trouble
         )
         return make_plan(self._run_id, self._planner.wish(), situation)
+
+    def _enough(self, places: tuple[Place, ...]) -> tuple[Place, ...]:
+        """With fewer nodes than the run may go on with, wait for some to come back; the state is in the memory of the others."""
+        wish, deadline = self._config.cluster, time.monotonic() + self._config.cluster.start_timeout_s
+        if 0 < len(places) < wish.min_nodes:
+            lack = f"cluster.min_nodes: {wish.min_nodes} nodes must be usable, got {len(places)}"
+            self._journal.event("node", reason=f"{lack}; waiting up to {wish.start_timeout_s:.0f} s for one to come back", cause="waiting")
+        while 0 < len(places) < wish.min_nodes and time.monotonic() < deadline and not self._stop.is_set():
+            time.sleep(LOOK_S)
+            places = self._places()
+        return places
 
     def _await_nodes(self) -> None:
         """Raises Unfit when the nodes do not come in time, Stopped when the run is ended meanwhile."""

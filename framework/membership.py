@@ -3,7 +3,7 @@
     inventory, ten times a second --see--> joined, gone, usable again       news, one sentence each
                                   --settled--> here for `settle_s`          only onto these a crew grows
     lost too often -> barred      twice as long each time                   a machine that comes and goes
-    asked to leave -> barred      until it comes back as a new one          a machine that will be taken away
+    asked to leave -> barred      until it comes back as a new one          a machine that will be taken away; no loss when it is
 
 A machine that is gone in the inventory, or was declared lost by the controller, counts as one loss until it answers again.
 
@@ -43,6 +43,7 @@ class Membership:
         self._out: set[str] = set()
         self._since: dict[str, tuple[str, float]] = {}  # node: the life (Ray's id) that is here, and since when
         self._leaving: dict[str, tuple[str, float]] = {}
+        self._announced: set[str] = set()
         self._started = False
 
     def see(self, nodes: Sequence[Node], now: float, *, answers: Callable[[str], bool]) -> list[News]:
@@ -62,6 +63,7 @@ class Membership:
             if self._started and name not in self._out:
                 news.append(News("joined", name, f"{name} has joined" if not life else f"{name} is back"))
         self._leaving = {n: entry for n, entry in self._leaving.items() if n in here and here[n].ray_id == entry[0] and now < entry[1]}
+        self._announced = {name for name, node in here.items() if node.draining or name in self._leaving}
         self._started = True
         return news + self._expired(now)
 
@@ -106,7 +108,7 @@ class Membership:
             return
         self._out.add(node)
         yield News("gone", node, f"{node} is gone")
-        if not self._quarantine.holds(node, now):
+        if not self._quarantine.holds(node, now) and node not in self._announced:
             self._quarantine = self._quarantine.lost(
                 node, now_s=now, base_s=self._bar_s, most=self._max, window_s=self._window_s
             )

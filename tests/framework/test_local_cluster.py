@@ -78,6 +78,24 @@ def test_a_stopped_machine_does_not_answer_until_it_is_continued(cluster: LocalC
     wait_until(lambda: machines.answers("n0") and not any(state_of(pid) == "T" for pid in pids))
 
 
+def test_a_frozen_machine_goes_on_later_by_itself_and_one_whose_raylet_has_ended_is_started_again(cluster: LocalCluster) -> None:
+    """A partition of a few seconds: nobody on the machine itself could end it."""
+    machines = cluster.machines
+    machines.later(0.3, "cont", "n0")
+    raylet = machines.stop("n0")[0]
+    wait_until(lambda: machines.answers("n0"))
+    assert machines.pids("n0")[0] == raylet
+    machines.later(0.0, "revive", "n0")
+    machines.later(0.1, "kill", "n0")
+    wait_until(lambda: machines.names()["n0"] == "dead")
+    assert not machines.answers("n0")
+    machines.later(0.0, "revive", "n0")
+    wait_until(lambda: machines.answers("n0"))
+    assert machines.pids("n0")[0] != raylet, "the first revival found it alive and did nothing"
+    with pytest.raises(ClusterError, match="later: must be add, kill, stop, cont or revive, got explode"):
+        machines.later(0.0, "explode", "n0")
+
+
 def test_a_raylet_that_dies_by_itself_is_a_dead_machine(cluster: LocalCluster) -> None:
     cluster.machines.add("n7")
     raylet = cluster.machines.pids("n7")[0]

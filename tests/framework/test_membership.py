@@ -96,6 +96,14 @@ def test_a_machine_that_was_asked_to_leave_gets_no_work_until_it_comes_back_as_a
     assert names(made, reborn("n2", "second"), 30.0) == ["n0", "n1", "n2"] and not made.leaving
 
 
+def test_a_machine_that_goes_after_notice_is_not_flapping() -> None:
+    made = members()
+    for count in range(1, 5):
+        draining = tuple(replace(node, draining=node.name == "n1") for node in reborn("n1", f"life {count}"))
+        see(made, draining, 10.0 * count)
+        assert see(made, without("n1"), 10.0 * count + 1) == ["gone n1"]
+
+
 def test_a_controller_that_is_started_again_knows_who_is_barred() -> None:
     event = {"time": 100.0, "cause": "quarantine", "node": "n1", "reason": "n1 was lost 3 times"}
     made = members()
