@@ -68,7 +68,8 @@ class Controller:
         self._memory = Memory(self._config, run_id=run_id, secret=secret, atlas=self._planner.atlas)
         worker = {"config": config, "run_id": run_id, "secret": secret}
         agent = {"run_id": run_id, "secret": secret}
-        self._durable = Durable(self._config, run_id=run_id)
+        self._durable = Durable(self._config, run_id=run_id, losses=self._journal.losses)
+        self._journal.checkpoint_age_s = lambda: self._durable.age_s
         self._specs = self._planner.atlas(Layout(), "1f1b").specs
         self._pool = Pool(self._cluster, logs=self._journal.logs, agent=agent, worker=worker)
         self._members = Membership(bar_s=self._config.detect.quarantine_s)
@@ -331,6 +332,8 @@ class Controller:
         self._journal.tolerance = self._memory.tolerance()
         for saved in self._durable.poll():
             self._journal.event("checkpoint", **saved)
+            if not saved["saved"]:
+                self._journal.event("alarm", step=saved["step"], reason=f"checkpoint: {saved['reason']}", age_s=saved["age_s"])
         self._journal.vitals |= self._vitals.poll(time.monotonic(), self._pool.agents, self._pool.workers)
 
     def _release(self, plan: Plan) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError, WorkerDied
 from framework.config import Config, plain
-from framework.durable import check_same, resolve
+from framework.durable import check_same, resolve, tracking_of
 from framework.local_cluster import LocalCluster
 from framework.nodes import DOMAIN_LABEL, Exit, complaint
 from framework.progress import make_progress
@@ -50,6 +50,8 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
     directory = RunDir.create(config.run_dir)
     directory.write_config(plain(config))
     run_id = directory.run_id
+    if resumed is not None and (tracked := tracking_of(resumed)) is not None:
+        directory.track_as(tracked)
     directory.close()
     progress = make_progress(config.monitor.progress, num_steps=config.optim.num_steps)
     shown = Telemetry({} if progress is None else {"progress": progress})

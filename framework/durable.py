@@ -11,6 +11,7 @@ Rule of this file: occasions and agreement. The format is `fault_tolerance/check
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from fault_tolerance.index import entry_from_plain
 from fault_tolerance.retention import retain
 from fault_tolerance.storage import StorageError, open_storage
 from framework import run_dir
-from framework.cluster import CallError, Remote
+from framework.cluster import Remote
 from framework.config import Config, plain
 from framework.config_identity import changes
 from framework.plan import Plan, Source
@@ -53,6 +54,14 @@ def resolve(resume: str | None) -> str | None:
     raise ValueError(f"resume: must be a run or checkpoint directory with a complete checkpoint, got {resume}; see holdfast checkpoint ls")
 
 
+def tracking_of(path: str) -> str | None:
+    """The identity in W&B of the run that saved a checkpoint; None if it was none of ours."""
+    checkpoint = Checkpoint.open(path)
+    found = checkpoint.extra.get("tracking_id", checkpoint.extra.get("run_id"))
+    checkpoint.close()
+    return None if found is None else str(found)
+
+
 def check_same(config: Config, path: str) -> tuple[str, ...]:
     """Whether a config may continue a checkpoint. Returns the changes to be written down; raises ValueError if not."""
     checkpoint = Checkpoint.open(path)
@@ -70,8 +79,10 @@ def check_same(config: Config, path: str) -> tuple[str, ...]:
 class Durable:
     """The checkpoints of one run. One save at a time."""
 
-    def __init__(self, config: Config, *, run_id: str) -> None:
+    def __init__(self, config: Config, *, run_id: str, losses: Mapping[int, float] | None = None) -> None:
+        """`losses`: the held-out losses known so far, by step, as they come in."""
         self._config, self._run_id = config, run_id
+        self._losses: Mapping[int, float] = {} if losses is None else losses
         self._wish = config.fault_tolerance.durable
         self.root = self._wish.dir or f"{config.run_dir}/checkpoints"
         self._first = resolve(config.resume)
@@ -79,7 +90,12 @@ class Durable:
         self._news: list[dict[str, Any]] = []
         self._rejected: set[str] = set()
         self._saved = -1
-        self._losses: dict[int, float] = {}
+        self._saved_at = time.time()
+
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the newest checkpoint, or since the start; None where none is asked for while the run goes on."""
+        return time.time() - self._saved_at if self._wish.every_steps > 0 else None
 
     def newest(self) -> Source | None:
         """The newest checkpoint this run can start from: its own, else the one it resumes."""
@@ -123,23 +139,40 @@ class Durable:
             yield self._news.pop(0)
 
     def _save(self, plan: Plan, step: int, agents: dict[str, Remote], specs: tuple[TensorSpec, ...]) -> None:
-        began, reason = time.monotonic(), ""
+        began, reason, attempts = time.monotonic(), "", self._wish.retries + 1
         path = f"{self.root.rstrip('/')}/{shelf.step_name(step)}"
-        for attempt in range(self._wish.retries + 1):
+        for attempt in range(attempts):
             try:
                 num_bytes = self._write(plan, step, path, agents, specs)
-            except (StorageError, ValueError, OSError, CallError, TimeoutError) as error:
+            except Exception as error:  # whatever it is: a save that fails never stops training
                 reason = f"{type(error).__name__}: {error}"
-                time.sleep(min(10.0, 0.5 * 2**attempt))
+                self._discard(path)
+                if attempt + 1 < attempts:
+                    time.sleep(min(10.0, 0.5 * 2**attempt))
                 continue
-            took = time.monotonic() - began
+            took, self._saved_at = time.monotonic() - began, time.time()
             self._news.append(
                 {"step": step, "reason": f"saved to {path}", "path": path, "bytes": num_bytes, "save_s": took, "saved": True}
             )
             self._prune()
             return
         self._saved = -1  # the next snapshot tries again
-        self._news.append({"step": step, "reason": f"save failed, training goes on: {reason}", "path": path, "saved": False})
+        age = time.time() - self._saved_at
+        self._news.append({
+            "step": step,
+            "reason": f"save failed {attempts} times, training goes on, the newest checkpoint is {age:.0f} s old: {reason}",
+            "path": path,
+            "attempts": attempts,
+            "age_s": age,
+            "saved": False,
+        })
+
+    def _discard(self, path: str) -> None:
+        """Take away what a failed attempt has written, so that a full disk is not made fuller; not a checkpoint."""
+        with contextlib.suppress(StorageError, OSError):
+            storage = open_storage(path)
+            if INDEX not in storage.sizes():
+                storage.remove_all()
 
     def _write(
         self, plan: Plan, step: int, path: str, agents: dict[str, Remote], specs: tuple[TensorSpec, ...]
@@ -154,28 +187,32 @@ class Durable:
             "step": step,
             "samples": step * self._config.optim.global_batch,
             "run_id": self._run_id,
+            "tracking_id": run_dir.RunDir(self._config.run_dir).tracking_id,
             "generation": plan.generation,
+            "val_loss": self._loss_of(step),
             "layout": str(plan.layout),
             "schedule": plan.schedule,
             "config": run_dir.clean(plain(self._config)),
         }
 
     def _prune(self) -> None:
+        steps = list(shelf.checkpoints(self.root))
         verdicts = retain(
-            list(shelf.checkpoints(self.root)),
+            steps,
             keep_last=self._wish.keep_last,
             keep_every=self._wish.keep_every,
             keep_best=self._wish.keep_best,
-            losses=self._losses,
+            losses={step: loss for step in steps if (loss := self._loss_of(step)) is not None},
         )
         try:
             shelf.remove(self.root, [verdict.step for verdict in verdicts if not verdict.keep])
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             self._news.append({"step": self._saved, "reason": f"old checkpoints could not be removed: {error}", "saved": True})
 
-    def note_loss(self, step: int, loss: float) -> None:
-        """The held-out loss of a step, for `keep_best`."""
-        self._losses[step] = loss
+    def _loss_of(self, step: int) -> float | None:
+        """The newest held-out loss up to a step."""
+        known = [evaluated for evaluated in list(self._losses) if evaluated <= step]
+        return self._losses[max(known)] if known else None
 
     def _requested(self) -> bool:
         return (Path(self._config.run_dir) / "control" / "checkpoint").exists()

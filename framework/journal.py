@@ -40,7 +40,7 @@ class Journal:
         self._dir = RunDir(config.run_dir)
         if not (self._dir.path / "config.yaml").exists():
             self._dir.write_config(plain(config))
-        sinks = make_sinks(config.monitor, directory=config.run_dir, run_id=run_id, config=plain(config), gauge=gauge)
+        sinks = make_sinks(config.monitor, directory=config.run_dir, run_id=self._dir.tracking_id, config=plain(config), gauge=gauge)
         self._telemetry = Telemetry(sinks)
         self._rows = run_dir.metrics(config.run_dir)
         events = run_dir.events(config.run_dir)
@@ -59,10 +59,12 @@ class Journal:
         self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FOLLOWED)
         self._number = 0
         self._lock = threading.Lock()
+        self.losses = {int(e["step"]): float(e["val_loss"]) for e in events if e["kind"] == "evaluation"}
         self._val_loss: float | None = None
         self.plan: Plan | None = None
         self.tolerance = 0
         self.vitals: dict[str, float] = {}
+        self.checkpoint_age_s: Callable[[], float | None] = lambda: None
 
     # facts
 
@@ -146,7 +148,8 @@ class Journal:
                 case "restored":
                     self._restored(int(item["rank"]), item["recovery"], plan)
                 case "evaluation":
-                    self._val_loss = float(item["val_loss"])
+                    self._val_loss = self.losses[int(item["step"])] = float(item["val_loss"])
+                    self.event("evaluation", reason=f"held-out loss {self._val_loss:.4f}", step=int(item["step"]), val_loss=self._val_loss)
                     self._telemetry.step(item)
                     self._tell({"evaluation": dict(item)})
                 case kind:
@@ -204,6 +207,8 @@ class Journal:
     def _row(self, row: Mapping[str, Any], plan: Plan) -> None:
         now = time.monotonic()
         row = {**row, "tolerance": self.tolerance}
+        if (age_s := self.checkpoint_age_s()) is not None:
+            row["checkpoint_age_s"] = age_s
         self._dir.metric(row)
         self._telemetry.step(row, self.vitals)
         while self._rows and self._rows[-1]["step"] >= row["step"]:

@@ -25,8 +25,8 @@ from typing import Any
 import yaml
 
 EVENT_KINDS = (
-    "preflight", "plan", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "node", "checkpoint", "record", "verdict",
-    "finished", "failed",
+    "preflight", "plan", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "node", "checkpoint", "alarm", "evaluation",
+    "record", "verdict", "finished", "failed",
 )  # fmt: skip
 METRIC_KEYS = (
     "step", "loss", "grad_norm", "lr", "tokens", "samples", "step_time_s", "tokens_per_s", "generation", "layout",
@@ -68,9 +68,18 @@ class RunDir:
             _replace(file, secrets.token_hex(4))
         return file.read_text().strip()
 
-    def adopt(self, run_id: str) -> None:
-        """Take the identity of the run that this one continues."""
-        _replace(self.path / "run_id", run_id)
+    @property
+    def tracking_id(self) -> str:
+        """The run's identity in W&B: that of the run which it continues, else its own.
+
+        Not its identity in snapshots: two runs may continue the same one, side by side.
+        """
+        file = self.path / "tracking_id"
+        return file.read_text().strip() if file.exists() else self.run_id
+
+    def track_as(self, tracking_id: str) -> None:
+        """Go on in W&B as the run that this one continues."""
+        _replace(self.path / "tracking_id", tracking_id)
 
     def metric(self, row: Mapping[str, Any]) -> None:
         """Append a step's row. A step that is done again is written again: the last row of a step counts."""

@@ -81,8 +81,8 @@ def test_the_identity_of_a_run_is_made_once_and_may_be_inherited(tmp_path):
     assert first.run_id == first.run_id == RunDir(tmp_path / "a").run_id
     second = RunDir(tmp_path / "b")
     assert second.run_id != first.run_id
-    second.adopt(first.run_id)
-    assert second.run_id == first.run_id
+    second.track_as(first.run_id)
+    assert (second.tracking_id, second.run_id != first.run_id) == (first.run_id, True)
 
 
 def test_a_directory_that_holds_a_run_is_not_taken_for_a_new_one(tmp_path):

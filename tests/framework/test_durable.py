@@ -1,0 +1,132 @@
+"""Durable saving, with agents that fail as disks do. Real clusters: `test_cluster.py`; real disks: `test_storage.py`."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fault_tolerance import shelf
+from fault_tolerance.index import entry_to_plain
+from fault_tolerance.shard import write_shard
+from framework.config import decode
+from framework.durable import Durable, check_same, resolve, tracking_of
+from framework.run_dir import RunDir
+from launch.compose import compose
+from parallel.atlas import Piece, TensorSpec
+from parallel.boxes import Box
+
+SPECS = (TensorSpec("param/a", (4, 3), "float32", None, (0,)),)
+PLAN: Any = SimpleNamespace(nodes=("n0",), generation=1, layout="1x1x1", schedule="1f1b")
+
+
+class Agent:
+    """Saves a share for real, and fails the times it is told to, after it has written something."""
+
+    def __init__(self, fails: int = 0, error: Callable[[], Exception] = lambda: OSError(errno.ENOSPC, "disk full")) -> None:
+        self.fails, self.error, self.asked = fails, error, 0
+
+    def call(self, method: str, directory: str, generation: int, step: int) -> Any:
+        assert method == "save"
+        self.asked += 1
+        entry = write_shard(directory, "n0", [(Piece("param/a", Box.whole((4, 3))), np.full((4, 3), step, np.float32))], specs=SPECS)
+        if self.asked <= self.fails:
+            return SimpleNamespace(result=self._fail)
+        return SimpleNamespace(result=lambda timeout_s: entry_to_plain(entry))
+
+    def _fail(self, timeout_s: float) -> None:
+        raise self.error()
+
+
+def durable(tmp_path: Path, *words: str, losses: dict[int, float] | None = None) -> Durable:
+    config = decode(compose([f"run_dir={tmp_path}", "model=tiny", "data=synthetic", *words]))
+    return Durable(config, run_id="r", losses=losses)
+
+
+def save(keeper: Durable, step: int, agent: Agent) -> list[dict[str, Any]]:
+    assert keeper.begin(PLAN, step, {"n0": agent}, SPECS)  # type: ignore[dict-item]
+    keeper.finish()
+    return list(keeper.poll())
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("framework.durable.time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+
+
+def test_a_save_that_fails_is_tried_again_at_once(tmp_path: Path) -> None:
+    keeper, agent = durable(tmp_path), Agent(fails=2)
+    [news] = save(keeper, 4, agent)
+    assert news["saved"] and agent.asked == 3
+    assert list(shelf.checkpoints(keeper.root)) == [4]
+    assert len(list((Path(keeper.root) / "step_000004").iterdir())) == 2, "what failed attempts wrote is gone"
+
+
+@pytest.mark.parametrize("error", [lambda: OSError(errno.EIO, "bad sector"), lambda: KeyError("a mistake of ours")])
+def test_a_save_that_keeps_failing_stops_nothing_and_leaves_nothing(tmp_path: Path, error: Callable[[], Exception]) -> None:
+    """A full disk was made fuller by every attempt; an error of another class ended the saving thread without a word."""
+    keeper = durable(tmp_path, "fault_tolerance.durable.every_steps=4", "fault_tolerance.durable.retries=1")
+    [news] = save(keeper, 4, Agent(fails=9, error=error))
+    assert not news["saved"] and news["attempts"] == 2 and "training goes on" in news["reason"]
+    assert not Path(keeper.root).exists() or not list(Path(keeper.root).iterdir())
+    assert keeper.due(5), "the next snapshot tries again, whatever the interval says"
+    [news] = save(keeper, 5, Agent())
+    assert news["saved"]
+    assert keeper.age_s is not None and keeper.age_s < 5
+
+
+def test_the_best_are_kept_by_the_newest_held_out_loss_up_to_them(tmp_path: Path) -> None:
+    losses: dict[int, float] = {}
+    keeper = durable(
+        tmp_path, "fault_tolerance.durable.keep_last=1", "fault_tolerance.durable.keep_best=1", losses=losses
+    )
+    for step, loss in [(3, 2.0), (6, 1.0), (9, 1.5), (12, 1.7)]:
+        losses[step - 1] = loss
+        save(keeper, step, Agent())
+    assert list(shelf.checkpoints(keeper.root)) == [6, 12]
+
+
+def test_on_demand_is_asked_by_a_file_and_answered_once(tmp_path: Path) -> None:
+    keeper = durable(tmp_path)
+    assert not keeper.due(3)
+    (tmp_path / "control").mkdir(parents=True)
+    (tmp_path / "control" / "checkpoint").touch()
+    assert keeper.due(3)
+    save(keeper, 3, Agent())
+    assert not keeper.due(4)
+
+
+def test_a_run_that_continues_another_keeps_its_identity_in_wandb(tmp_path: Path) -> None:
+    keeper = durable(tmp_path / "a")
+    first = RunDir(tmp_path / "a")
+    save(keeper, 3, Agent())
+    path = resolve(str(tmp_path / "a"))
+    assert path is not None and tracking_of(path) == first.tracking_id == first.run_id
+    second = RunDir(tmp_path / "b")
+    second.track_as(first.tracking_id)
+    assert (second.tracking_id, second.run_id != first.run_id) == (first.run_id, True)
+    save(durable(tmp_path / "b"), 5, Agent())
+    third = resolve(str(tmp_path / "b"))
+    assert third is not None and tracking_of(third) == first.run_id, "and so does the one after it"
+
+
+def test_a_changed_config_is_refused_or_written_down_by_key(tmp_path: Path) -> None:
+    save(durable(tmp_path), 3, Agent())
+    path = resolve(str(tmp_path))
+    assert path is not None
+
+    def check(*words: str) -> tuple[str, ...]:
+        return check_same(decode(compose([f"run_dir={tmp_path}", "model=tiny", "data=synthetic", *words])), path)
+
+    assert check() == ()
+    assert check("layout.pp=1", "optim.lr=1e-4") == (
+        "optim.lr: 0.003 -> 0.0001", "layout.pp: 2 -> 1", "layout.num_microbatches: 4 -> 1",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"model.dim: must be \d+ as in the run that is resumed, got 96"):
+        check("model.dim=96")
