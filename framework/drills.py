@@ -31,7 +31,8 @@ class Drill:
     """A named set: overrides of the config, and the faults on top of them.
 
     `kinds` are those of the incidents that must be the first, `news` what must be said of machines in this order, `lost`
-    how many steps may be lost if that is not the interval of snapshots.
+    how many steps may be lost if that is not the interval of snapshots, `tier` where the state must
+    come from in one of the incidents.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Drill:
     kinds: tuple[str, ...] = ()
     news: tuple[str, ...] = ()
     lost: int | None = None
+    tier: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +148,25 @@ DRILLS = (
     Drill(
         "corrupt",
         "a block in memory is damaged and a node is lost; both are decoded",
-        (*FEW, "optim.num_steps=16"),
+        (*FEW, "optim.num_steps=16", "fault_tolerance.scrub_mb_s=0"),
         ("{step: 7, kind: corrupt_block, node: n2, severity: 1}", "{step: 8, kind: kill_node, node: n1, phase: forward}"),
         kinds=("node_loss",),
+        tier="parity",
     ),
     Drill(
         "beyond",
         "more is damaged and lost than parity can mend; the run goes on from its checkpoint",
-        (*FEW, "optim.num_steps=16", "fault_tolerance.tolerate=1", "fault_tolerance.durable.every_steps=4"),
+        (
+            *FEW,
+            "optim.num_steps=16",
+            "fault_tolerance.scrub_mb_s=0",
+            "fault_tolerance.tolerate=1",
+            "fault_tolerance.durable.every_steps=4",
+        ),
         ("{step: 7, kind: corrupt_block, node: n2, severity: 99}", "{step: 8, kind: kill_node, node: n1, phase: forward}"),
         kinds=("node_loss",),
         lost=4,
+        tier="durable",
     ),
     Drill("stop", "a worker is stopped (SIGSTOP)", BASE, ("{step: 7, kind: stop_worker, rank: 5, phase: forward}",)),
     Drill("raise", "a worker raises an error", BASE, ("{step: 7, kind: raise, rank: 2, phase: optimizer}",)),
@@ -182,6 +192,9 @@ def checks(run: str | Path, twin: str | Path, *, every_steps: int, drill: Drill 
     if drill is not None and drill.kinds:
         kinds = [str(i["kind"]) for i in incidents]
         yield Check("incidents", kinds[: len(drill.kinds)] == list(drill.kinds), ", ".join(kinds) or "none")
+    if drill is not None and drill.tier:
+        tiers = [str(i["tier"]) for i in incidents]
+        yield Check("tier", drill.tier in tiers, ", ".join(tier or "unresolved" for tier in tiers) or "none")
     if drill is not None and drill.news:
         news = [str(e["cause"]) for e in run_dir.events(run) if e["kind"] == "node"]
         yield Check("machines", _in_order(drill.news, news), ", ".join(news) or "nothing was said of machines")
