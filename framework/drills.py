@@ -154,7 +154,7 @@ DRILLS = (
         tier="parity",
     ),
     Drill(
-        "beyond",
+        "fallback",
         "more is damaged and lost than parity can mend; the run goes on from its checkpoint",
         (
             *FEW,
