@@ -55,8 +55,9 @@ def _concerns(self: Any, method: str, step: int, args: tuple[Any, ...]) -> bool:
         return any(v.step == step and v.state is State.PROTECTED for v in self.versions.values())
     if isinstance(self, Vault) and method == "add_meta":
         return args[0].step == step and args[1].node == self.node
-    found = [getattr(a, "step", a.get("step") if isinstance(a, dict) else a) for a in args]
-    return step in [*found, getattr(getattr(self, "_version", None), "step", None)]
+    if (version := getattr(self, "_version", None)) is not None:
+        return bool(version.step == step)
+    return step in [a.get("step") if isinstance(a, dict) else a if isinstance(a, int) else getattr(a, "step", None) for a in args]
 
 
 if __name__ == "__main__":
