@@ -1,7 +1,7 @@
 """A vault, or a worker's end of one, that kills itself with SIGKILL at one exact point of a snapshot's life.
 
     python -m tests.fault_tolerance.dying POINT STEP --node a --run 7f3c        a vault, otherwise as it is
-    die_in(Snapshotter, "_copy", step=2, call=3)                                 in a worker of our own
+    die_in(*WORKER_POINTS[POINT], step=2)                                        in a process that stages
 
 The point is a method of the real code; it dies as the method is entered (`call` times, for one that is called often).
 """
@@ -16,9 +16,11 @@ from typing import Any
 from fault_tolerance import vault
 from fault_tolerance.agreement import Agreement
 from fault_tolerance.encoder import Encoder, _StripeJob
+from fault_tolerance.snapshot import Snapshotter
 from fault_tolerance.vault import Vault
 from fault_tolerance.vault_requests import Requests
 from fault_tolerance.version import State
+from fault_tolerance.wire import Channel
 
 POINTS: dict[str, tuple[type, str, int]] = {
     "before staging: a rank asks where to copy to": (Vault, "begin", 1),
@@ -33,10 +35,16 @@ POINTS: dict[str, tuple[type, str, int]] = {
     "as the older step is freed": (Vault, "drop", 1),
     "protected, and the others were not told": (Agreement, "_tell", 1),
 }
+WORKER_POINTS: dict[str, tuple[type, str, int]] = {
+    "before staging: the vault was not asked": (Snapshotter, "_segment", 1),
+    "during staging: two tensors are copied": (Snapshotter, "_copy", 3),
+    "all is copied, and the vault was not told": (Channel, "call", 2),
+    "the vault was told": (Channel, "call", 3),
+}
 FREEING = ("drop_all", "drop")
 
 
-def die_in(owner: type, method: str, *, step: int, call: int) -> None:
+def die_in(owner: type, method: str, call: int, *, step: int) -> None:
     """From now on this process dies at the `call`-th entry of a method that has to do with `step`."""
     original, left = getattr(owner, method), [call]
 
@@ -62,5 +70,5 @@ def _concerns(self: Any, method: str, step: int, args: tuple[Any, ...]) -> bool:
 
 if __name__ == "__main__":
     owner, method, call = POINTS[sys.argv[1]]
-    die_in(owner, method, step=int(sys.argv[2]), call=call)
+    die_in(owner, method, call, step=int(sys.argv[2]))
     vault.main(sys.argv[3:])

@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.fault_tolerance.dying import POINTS
+from fault_tolerance.snapshot import Snapshotter
+from tests.fault_tolerance.dying import POINTS, WORKER_POINTS
+from tests.fault_tolerance.test_snapshot import WorkerProcess
 from tests.fault_tolerance.vaults import VaultCluster, atlas_of, same_bits, shards, wait_until, whole_state
 
 pytestmark = pytest.mark.slow
@@ -47,3 +49,38 @@ def test_a_vault_that_dies_at_this_point_takes_nothing_protected_with_it(three, 
     finally:
         three.detach()
         three.vaults.pop(victim).close()
+
+
+@pytest.mark.parametrize("point", WORKER_POINTS)
+def test_a_worker_that_dies_at_this_point_takes_nothing_protected_with_it(three, point):
+    """One rank is a process of its own and dies; the others stage step 2 to its end."""
+    atlas = atlas_of("1x3x1", width=48)
+    generation = 1 + max(vault.client.status()["fence"] for vault in three.vaults.values())
+    plan = three.plan(atlas, tolerate=1, generation=max(1, generation))
+    three.open(plan, attach=False)
+    states = {1: whole_state(atlas, 1), 2: whole_state(atlas, 2)}
+    three.snapshotters = [Snapshotter(plan, rank=rank, secret=three.secret) for rank in (1, 2)]
+    worker = WorkerProcess(three, plan, [0], dies_at=point)
+    try:
+        assert worker.hear() == "ready"
+        for step in (1, 2):
+            worker.tell(step)
+            for snapshotter in three.snapshotters:
+                snapshotter.begin(step, {}, shards(atlas, snapshotter.rank, states[step]))
+            for snapshotter in three.snapshotters:
+                snapshotter.gate()
+            if step == 1:
+                assert [worker.hear() for _ in range(3)] == ["begun", "copied", '[""]']
+                wait_until(lambda: all(s.protected == 1 for s in three.snapshotters))
+        assert worker.process.wait(20) == -9, "it died at its point, by SIGKILL"
+        wait_until(lambda: not any(a["rank"] == 0 for a in three.vaults["n1"].client.status()["attached"]))
+        told = "was told" in point
+        if told:
+            wait_until(lambda: all(s.protected == 2 for s in three.snapshotters))
+        for gone in (None, *OTHERS):
+            snapshot = three.catalogue(without=[gone] if gone else []).newest
+            assert snapshot is not None and snapshot.key == (plan.generation, 2 if told else 1)
+            assert_decodes(three, snapshot, states, atlas)
+    finally:
+        three.detach()
+        worker.close()

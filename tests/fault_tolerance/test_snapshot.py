@@ -27,6 +27,9 @@ from tests.fault_tolerance.vaults import shards, whole_state
 order = json.loads(sys.stdin.readline())
 plan = SnapshotPlan.from_json(order["plan"])
 rate = order.get("copy_bytes_s")
+if "dies_at" in order:
+    from tests.fault_tolerance.dying import WORKER_POINTS, die_in
+    die_in(*WORKER_POINTS[order["dies_at"]], step=2)
 snapshotters = [Snapshotter(plan, rank=r, secret=bytes.fromhex(order["secret"]), copy_bytes_s=rate) for r in order["ranks"]]
 print("ready", flush=True)
 for line in sys.stdin:
