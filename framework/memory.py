@@ -56,6 +56,7 @@ class Memory:
         self.lost: frozenset[str] = frozenset()
         self.leaving: frozenset[str] = frozenset()
         self.generation = 0
+        self._reached = 0
 
     @property
     def snapshot(self) -> Snapshot | None:
@@ -70,11 +71,24 @@ class Memory:
         return "; ".join(found)
 
     def look(self, agents: Mapping[str, Remote]) -> None:
-        """Ask all vaults what they hold."""
+        """Ask all vaults what they hold.
+
+        A vault on a busy machine that has not answered yet is asked again for as long as nothing as new as the newest
+        protected step that was heard of can be decoded without it: too little patience here would lose the state.
+        """
         self._connect(agents)
-        inventories = [answer for answer in self._all(lambda client: client.inventory()).values() if answer is not None]
-        self.generation = max([self.generation, *(int(i["generation"]) for i in inventories)])
-        self._catalogue = catalogue(inventories, run=self._run)
+        found: dict[str, Any] = {}
+        silent, deadline = set(self._clients), time.monotonic() + self._silent_s
+        while silent:
+            began = time.monotonic()
+            answers = self._all(lambda client: client.inventory(), only=tuple(silent))
+            found |= {node: answer for node, answer in answers.items() if answer is not None}
+            silent = {node for node in silent if node not in found and time.monotonic() - began > ASK_S}
+            self._catalogue = catalogue(found.values(), run=self._run)
+            newest = self.snapshot
+            if (newest is not None and newest.step >= self._reached) or time.monotonic() > deadline:
+                break
+        self.generation = max([self.generation, *(int(i["generation"]) for i in found.values())])
 
     def fence(self, generation: int) -> None:
         """Nobody of an older generation may write any more."""
@@ -120,10 +134,11 @@ class Memory:
             base=None if base is None else base.key,
         )
         snapshots = replace(snapshots, deadline_s=deadline_s(snapshots))
-        opened = self._all(lambda client: client.open(snapshots), only=plan.nodes)
-        missing = sorted(set(plan.nodes) - {node for node, answer in opened.items() if answer is not None})
-        if missing:
-            raise PoolError(f"vaults of {', '.join(missing)} did not take up generation {plan.generation}")
+        refusals = self._all(lambda client: _opened(client, snapshots), only=plan.nodes)
+        refused = {node: refusals.get(node, "no answer") for node in plan.nodes if refusals.get(node, "no answer")}
+        if refused:
+            reasons = "; ".join(f"{node}: {reason}" for node, reason in sorted(refused.items()))
+            raise PoolError(f"vaults did not take up generation {plan.generation}: {reasons}")
         self._log, self.lost, self.leaving = SnapshotLog(snapshots, base), frozenset(), frozenset()
         return {"snapshots": snapshots.to_json(), "restore": None if base is None else base.to_json()}
 
@@ -148,6 +163,7 @@ class Memory:
                 self._log.hear(node, event)
             if watch.lost:
                 self.lost |= {node}
+        self._reached = max(self._reached, self._log.protected or 0)
         return [{**event, "tolerance": self.tolerance()} for event in self._log.take(last=last)]
 
     @property
@@ -221,8 +237,22 @@ class Memory:
             return dict(zip(clients, pool.map(lambda client: _answer(ask, client), clients.values()), strict=True))
 
 
+def _opened(client: VaultClient, plan: SnapshotPlan) -> str:
+    """Open a plan on a vault. Returns why that was not possible; empty if it was."""
+    reason = ""
+    for _ in range(TRIES):
+        try:
+            client.open(plan)
+            return ""
+        except Refused as error:
+            return str(error)
+        except WireError as error:
+            reason = str(error)
+    return reason
+
+
 def _answer(ask: Callable[[VaultClient], Any], client: VaultClient) -> Any:
     for _ in range(TRIES):  # a vault that is gone says so at once; one on a busy machine gets a second chance
         with contextlib.suppress(WireError, Refused):
-            return ask(client) or {}
+            return ask(client)
     return None
