@@ -36,7 +36,7 @@ test: $(STAMP)  ## all tests: TESTS=tests/parallel for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
 test-fast: $(STAMP)  ## the tests that take under a minute and start no cluster
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not cluster" $(TESTS)
+	@.ci/fast $(BIN)/python $(TESTS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

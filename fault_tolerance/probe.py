@@ -75,6 +75,8 @@ class Probe:
 
     def close(self) -> None:
         """No more answers."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # else it takes one more peer, for the thread waits in it
         self._listener.close()
 
     def _serve(self) -> None:

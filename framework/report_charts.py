@@ -205,7 +205,7 @@ def _band_names(bands: Sequence[Band], xs: Scale) -> list[str]:
     """The names that have room."""
     roomy = [band for band in bands if xs(band.stop) - xs(band.start) > LETTER * len(band.label) + 8]
     return [
-        f'<text class="bandname tone{band.tone}" x="{xs(band.start) + 12:.1f}" y="{TOP + 14}">{escape(band.label)}</text>'
+        f'<text class="bandname tone{band.tone}" x="{xs(band.start) + 12:.1f}" y="{TOP - 6}">{escape(band.label)}</text>'
         for band in roomy
     ]
 

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 EVENT_KINDS = (
-    "preflight", "plan", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "node", "checkpoint", "alarm", "evaluation",
+    "plan", "preflight", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "node", "checkpoint", "alarm", "evaluation",
     "record", "verdict", "finished", "failed",
 )  # fmt: skip
 METRIC_KEYS = (

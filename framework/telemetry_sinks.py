@@ -15,7 +15,10 @@ from framework.telemetry import Entry, Happening, Numbers, Sink
 from framework.telemetry_prometheus import Gauge
 from framework.telemetry_wandb import WandbSink
 
-_COLUMNS = ("step", "loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "generation", "layout")
+_COLUMNS = (
+    "step", "loss", "val_loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "mfu", "snapshot_stall_ms",
+    "generation", "layout",
+)  # fmt: skip
 
 
 def make_sinks(

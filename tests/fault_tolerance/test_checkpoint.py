@@ -35,6 +35,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_any_layout_loads_what_any_layout_saved(tmp_path: Path, source: str) -> None:
     specs = decoder_specs(dim=24, kv_dim=12, ffn_dim=50, vocab=67, tied=LAYOUTS.index(source) % 2 == 1)
@@ -53,6 +54,7 @@ def test_other_schedules_hold_other_boxes_and_load_as_well(tmp_path: Path) -> No
     load(checkpoint, atlas_of(specs, "2x1x2", "interleaved_1f1b"), state)
 
 
+@pytest.mark.slow
 def test_bytes_read_are_within_two_percent_of_bytes_needed(tmp_path: Path) -> None:
     specs = decoder_specs(dim=384, kv_dim=192, ffn_dim=1024, vocab=259, layers=2)
     state = random_state(specs)

@@ -68,6 +68,7 @@ def healthy(dice: random.Random, ranks: int, seconds: float) -> list[Line]:
     ]
 
 
+@pytest.mark.slow
 def test_the_first_cause_is_named_among_its_effects():
     right = 0
     for seed in range(100):

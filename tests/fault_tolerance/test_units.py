@@ -47,6 +47,7 @@ def test_a_huge_tensor_has_large_units_and_a_norm_has_one() -> None:
     assert len(unit_offsets(norm, Box.whole(norm.shape))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["1x1x1", "2x2x2", "1x3x2", "1x7x1"])
 def test_the_20m_preset_reads_within_one_percent_of_what_it_needs(source: str) -> None:
     specs = decoder_specs(dim=384, kv_dim=192, ffn_dim=1024, vocab=259, layers=12)

@@ -80,6 +80,7 @@ def test_an_experiment_wins_over_the_defaults_and_an_override_over_the_experimen
     assert seen[0]["optim"]["lr"] == 0.5 and seen[0]["optim"]["num_steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_combination_and_gives_the_worst_exit_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
@@ -93,6 +94,7 @@ def test_a_sweep_runs_every_combination_and_gives_the_worst_exit_code(tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_at_the_first_error_and_at_an_interrupt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
@@ -132,6 +134,7 @@ def hostile(directory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--version"], ["train", "--cfg", "job"], ["train", "layout.tpp=2"]])
 def test_a_hostile_working_directory_changes_nothing(words, tmp_path):
     clean = tmp_path / "clean"
