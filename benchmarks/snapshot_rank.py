@@ -90,7 +90,7 @@ class TorchSave:
 
     def begin(self, step: int) -> None:
         """All of it is stall."""
-        torch.save(self._engine.state(), self._file)
+        torch.save({piece.tensor: tensor for piece, tensor in self._engine.state().items()}, self._file)
 
     gate = drain = lambda self: None
 
@@ -132,10 +132,10 @@ class Dcp:
 
     def _dtensors(self) -> dict[str, DTensor]:
         found = {}
-        for name, tensor in self._engine.state().items():
-            shape = torch.Size(self._engine.atlas.by_name[name].shape)
+        for piece, tensor in self._engine.state().items():
+            shape = torch.Size(self._engine.atlas.by_name[piece.tensor].shape)
             stride = torch.empty(shape, device="meta").stride()
-            found[name] = DTensor.from_local(tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+            found[piece.tensor] = DTensor.from_local(tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         return found
 
 

@@ -66,6 +66,7 @@ class _Job:
     copied: threading.Event = field(default_factory=threading.Event)
     copying: bool = False
     given_up: bool = False
+    begin_s: float = 0.0
     copy_s: float = 0.0
 
 
@@ -95,6 +96,8 @@ class Snapshotter:
         """
         self._plan, self.rank, self._slab = plan, rank, plan.slab(rank)
         self._base = plan.base_of(rank)
+        widths = {entry.home: entry.nbytes // entry.piece.box.size for entry in self._slab.entries}
+        self._expected = [(home, torch.Size(home.box.shape), width) for home, width in widths.items()]
         self._pace = Pace(copy_bytes_s)
         self.failure = ""
         self.missed = ""
@@ -137,6 +140,7 @@ class Snapshotter:
         Raises ValueError if a tensor is missing or has another shape than the atlas says.
         """
         self.gate()
+        began = time.monotonic()
         self._check(tensors)
         job = _Job(step, dict(extra), dict(tensors))
         if any(t.is_cuda for t in job.tensors.values()):
@@ -144,10 +148,12 @@ class Snapshotter:
             self._devices.begin(job.tensors.values())
         self._job = job
         self._jobs.put(job)
+        job.begin_s = time.monotonic() - began
 
     def gate(self) -> float:
-        """Wait until the tensors may be written again. Returns the seconds it had to wait.
+        """Wait until the tensors may be written again. Returns the seconds that the snapshot has held training up.
 
+        That is this wait and the time that `begin` took; 0 if no snapshot was begun since the last gate.
         If the vault has not even said where to copy to within GATE_S, the snapshot is given up instead.
         """
         job = self._job
@@ -156,7 +162,7 @@ class Snapshotter:
         began = time.monotonic()
         if not job.copied.wait(GATE_S) and not self._give_up(job):
             job.copied.wait()
-        self.stall_s, self.copy_s = time.monotonic() - began, job.copy_s
+        self.stall_s, self.copy_s = job.begin_s + time.monotonic() - began, job.copy_s
         self._job = None
         self._jobs.put(_Gated(job.step, self.stall_s))
         return self.stall_s
@@ -277,12 +283,11 @@ class Snapshotter:
         return int(self._control[CONTROL_WORDS.index(name)])
 
     def _check(self, tensors: Mapping[Piece, torch.Tensor]) -> None:
-        for entry in self._slab.entries:
-            home, wanted = entry.home, entry.home.box.shape
-            shape = tuple(tensors[home].shape) if home in tensors else None
-            width = entry.nbytes // entry.piece.box.size
-            if shape != wanted or tensors[home].element_size() != width:
-                raise ValueError(f"snapshot: {home.tensor} must have shape {wanted}, {width} bytes an element, got {shape}")
+        for home, shape, width in self._expected:
+            tensor = tensors.get(home)
+            if tensor is None or tensor.shape != shape or tensor.element_size() != width:
+                found = None if tensor is None else tuple(tensor.shape)
+                raise ValueError(f"snapshot: {home.tensor} must have shape {tuple(shape)}, {width} bytes an element, got {found}")
 
 
 def carrier(tensor: torch.Tensor) -> torch.Tensor:
