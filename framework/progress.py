@@ -140,9 +140,11 @@ class RichProgress:
         if isinstance(entry, Numbers):
             self._step = entry.step
             self._shown = fields(entry.row, num_steps=self._num_steps, eta_s=self._pace.eta_s(entry.row))
-        elif entry.row["kind"] not in QUIET_EVENTS:
-            self._console.print(f"[{_COLOR.get(entry.row['kind'], 'cyan')}]{entry.row['kind']}[/]: ", end="")
-            self._console.print(str(entry.row.get("reason", "")), markup=False, highlight=False)
+        elif (kind := str(entry.row["kind"])) not in QUIET_EVENTS:
+            from rich.text import Text
+
+            # One print: the live lines are drawn again after each, over what has no end of line yet.
+            self._console.print(Text.assemble((kind, _COLOR.get(kind, "cyan")), f": {entry.row.get('reason', '')}"))
 
     def close(self) -> None:
         self._live.stop()

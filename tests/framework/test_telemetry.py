@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,18 @@ def test_rich_progress_shows_the_run_and_leaves_decisions_above(tmp_path):
         telemetry.close()
     text = (tmp_path / "out").read_text()
     assert "recovered: layout [1x3x1] on 3 nodes" in text and "10/10" in text and "2.5000" in text
+
+
+def test_a_decision_keeps_its_kind_on_a_terminal():
+    """The kind was printed without an end of line, and the live lines were then drawn over it."""
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        telemetry = Telemetry({"progress": make_progress("auto", num_steps=10, stream=terminal)})
+        telemetry.event({"kind": "recovered", "step": 3, "reason": "layout [1x3x1]"})
+        telemetry.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", os.read(reader, 65536).decode())
+    os.close(reader)
+    assert "recovered: layout [1x3x1]" in text
 
 
 def test_progress_is_plain_where_there_is_no_terminal_and_absent_when_off(tmp_path):
