@@ -182,11 +182,16 @@ def forget() -> None:
     from deepspeed.comm import comm
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
 
     parameter_offload.FWD_MODULE_STACK.clear()
     parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     Init.param_id = 0
+    for method in vars(PartitionedParameterCoordinator).values():  # one is cached, and keeps the modules it was called with
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
     groups._release_process_group_references(group=None)
     comm.cdb = None
 

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from fault_tolerance.checkpoint import INDEX, Checkpoint
+from fault_tolerance.digest import state_sha256
 from fault_tolerance.shelf import checkpoints, newest, remove, sweep, torn
-from tests.fault_tolerance.saving import atlas_of, decoder_specs, random_state, save
+from tests.fault_tolerance.saving import State, atlas_of, decoder_specs, random_state, save
+
+SPECS = decoder_specs(dim=96, ffn_dim=300, vocab=300, layers=2)
 
 
 def _save(root: Path, step: int) -> None:
@@ -61,6 +64,7 @@ def test_a_saver_killed_at_any_moment_leaves_a_newest_checkpoint_that_verifies(t
     """100 times: start to save, SIGKILL within the next few saves, then the newest visible checkpoint must be whole."""
     rng, root = random.Random(0), str(tmp_path)
     seen_torn = killed = 0
+    kept: str | None = None  # the digest of the newest
     while killed < 100:
         last = max(checkpoints(root), default=0)
         child = _fork_saver(root, last)
@@ -71,20 +75,32 @@ def test_a_saver_killed_at_any_moment_leaves_a_newest_checkpoint_that_verifies(t
         seen_torn += bool(torn(root)) or any(".tmp" in p.name for p in tmp_path.rglob(".*"))
         path = newest(root)
         if path is not None:
-            assert Checkpoint.open(path).verify() == []
+            checkpoint = Checkpoint.open(path)
+            assert checkpoint.verify() == []
             assert path == list(checkpoints(root).values())[-1]
+            assert checkpoint.step >= last, "what was visible stays visible"
+            written = state_sha256(_state(last).items(), step=checkpoint.step)
+            found = checkpoint.state_sha256()
+            assert found == (kept if checkpoint.step == last else written), "and is the state that was saved"
+            kept = found
+        else:
+            assert last == 0
         sweep(root)
         remove(root, list(checkpoints(root))[:-1])
     assert seen_torn > 10, "the kills must have met saves in the middle"
     assert len(checkpoints(root)) == 1
 
 
+def _state(seed: int) -> State:
+    """What the saver that is started after step `seed` saves, at every step."""
+    return random_state(SPECS, seed=seed)
+
+
 def _fork_saver(root: str, last: int) -> int:
     """A process that saves one step after the other until it is killed; forked, so that 100 of them start quickly."""
     child = os.fork()
     if child == 0:
-        specs = decoder_specs(dim=96, ffn_dim=300, vocab=300, layers=2)
-        atlas, state = atlas_of(specs, "1x2x1", layers=2), random_state(specs, seed=last)
+        atlas, state = atlas_of(SPECS, "1x2x1", layers=2), _state(last)
         while True:
             last += 1
             save(root, atlas, state, step=last)
