@@ -4,6 +4,7 @@ parallel < fault_tolerance < framework < launch          nothing imports upward,
 """
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,8 @@ PURE = (  # files that think, and therefore must be testable without torch
 FILES = sorted(path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 
 
-def imports(file: Path, *, at_top: bool = False) -> Iterator[str]:
+@functools.cache
+def imports(file: Path, *, at_top: bool = False) -> tuple[str, ...]:
     """The modules that a file imports; `at_top`: only those that importing the file itself imports."""
 
     def walk(node: ast.AST) -> Iterator[str]:
@@ -56,7 +58,7 @@ def imports(file: Path, *, at_top: bool = False) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
             yield from walk(child)
 
-    yield from walk(ast.parse((ROOT / file).read_text()))
+    return tuple(walk(ast.parse((ROOT / file).read_text())))
 
 
 def module(file: Path) -> str:
