@@ -90,6 +90,26 @@ class Detector:
         """The newest step that any rank has begun."""
         return max((ring.step for ring in self.rings.values()), default=0)
 
+    def step_times(self, verdict: Verdict) -> tuple[float, float]:
+        """(seconds of a step now, seconds it would take without what a slow verdict names)."""
+        window = self.settings.rule.window
+        recent = {r: [s.duration_s for _, s in sorted(self._judgeable(r).items())[-window:]] for r in self.rings}
+        own = {r: [s.own_s for _, s in sorted(self._judgeable(r).items())[-window:]] for r in verdict.ranks if r in self.rings}
+        times = [statistics.median(values) for values in recent.values() if values]
+        if not times or not any(own.values()):
+            return 0.0, 0.0
+        now_s = statistics.median(times)
+        worst = max(statistics.median(values) for values in own.values() if values)
+        extra_s = worst * (1 - 1 / max(verdict.severity, 1.0))
+        if verdict.kind == Kind.SLOW_LINK:
+            extra_s = now_s - min(now_s, self._usual_s())
+        return now_s, max(now_s - extra_s, 0.1 * now_s)
+
+    def _usual_s(self) -> float:
+        """The median step of the time when levels were learnt."""
+        learnt = [s.duration_s for s in list(self._judgeable(min(self.rings)).values())[: self.settings.learn_steps]]
+        return statistics.median(learnt) if learnt else 0.0
+
     def _take(self, rings: Mapping[int, bytes | Ring | None], now: float) -> None:
         for rank in range(self.topology.layout.world):
             self._heard_s.setdefault(rank, now)

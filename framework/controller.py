@@ -34,7 +34,7 @@ from framework.journal import Journal
 from framework.membership import Membership, News
 from framework.memory import Memory
 from framework.nodes import ClusterError, Node, joined
-from framework.plan import Place, Plan, Refused, Source, make_plan, worth_growing
+from framework.plan import Place, Plan, Refused, Source, choose, expected_s, make_plan, options, worth_growing
 from framework.planner import Planner
 from framework.pool import Pool, PoolError
 from framework.rendezvous import Rendezvous
@@ -45,6 +45,7 @@ from framework.telemetry_prometheus import Gauge, endpoint
 from framework.vitals import Vitals
 from framework.waiting import await_nodes
 from framework.watch import Limits, Sight, judge, notice
+from framework.weighing import Costs, Outlook
 from parallel.layout import Layout
 
 LOOK_S = 0.2  # at most: a rank that ends is seen at once
@@ -79,6 +80,7 @@ class Controller:
         self._summary: dict[str, Any] | None = None
         self._asked_to_grow = 0.0
         self._response: Response | None = None
+        self._reseated: set[str] = set()
         self._vitals = Vitals()
 
     def _gauge(self) -> Gauge:
@@ -134,7 +136,7 @@ class Controller:
             if error.complaint:
                 raise Unfit(error.complaint) from error
             return self._count(Trouble("crash", (), (), str(error), plan.source.step, time.time()))
-        self._response = Response(self._config, self._journal, plan, self._pool.agents)
+        self._response = self._respond(crew)
         try:
             ended = self._watch(crew)
         finally:
@@ -298,7 +300,7 @@ class Controller:
         assert self._response is not None
         leaving: Trouble | None = None
         while True:
-            self._journal.take(crew.look(), crew.plan)
+            self._journal.take(self._response.heard(crew.look()), crew.plan)
             self._keep(crew.plan)
             if crew.finished:
                 self._journal.take(crew.last_words(), crew.plan)
@@ -320,6 +322,29 @@ class Controller:
                     self._journal.event("trouble", reason=str(leaving), cause=leaving.kind)
                     crew.request_stop()
             crew.wait(LOOK_S)
+
+    def _respond(self, crew: Crew) -> Response:
+        wish = self._planner.wish()
+        return Response(
+            self._config,
+            self._journal,
+            crew.plan,
+            self._pool.agents,
+            request_test=crew.request_test,
+            without=lambda node: self._without(node, crew.plan),
+            costs=Costs(wish.muster_s, wish.start_worker_s),
+            reseated=self._reseated,
+        )
+
+    def _without(self, node: str, plan: Plan) -> Outlook:
+        """What would become of a crew without one of its machines."""
+        wish, places = self._planner.wish(), tuple(p for p in self._places() if p.node != node)
+        situation = self._planner.situation(places, source=plan.source, generation=plan.generation)
+        scored = options(wish, situation) if len(places) >= wish.min_nodes else ()
+        if not scored:
+            return Outlook(spare=False, ratio=None)
+        best = choose(scored)
+        return Outlook(best.layout == plan.layout, best.step_s / max(expected_s(plan.layout, wish, situation), 1e-9))
 
     def _keep(self, plan: Plan, *, last: bool = False) -> None:
         """Write down what became of snapshots, and have those that are due saved to storage."""
@@ -426,6 +451,7 @@ class Controller:
         """Everybody out of the old generation, the dead off the books, the incident opened."""
         began = time.monotonic()
         self._journal.trouble(trouble, crew.plan)
+        self._remedy(trouble, crew)
         dead = frozenset(trouble.nodes) if trouble.kind == "node_loss" else frozenset()
         for rank in trouble.ranks:
             if trouble.kind == "hang" and crew.ranks[rank].ended is None:
@@ -442,6 +468,15 @@ class Controller:
         if trouble.kind == "preemption":
             self._pool.end_workers([crew.plan.seats[rank].worker for rank in trouble.ranks])
         self._journal.cleared(seconds=time.monotonic() - began, stuck=stuck)
+
+    def _remedy(self, trouble: Trouble, crew: Crew) -> None:
+        """Carry out what was decided about somebody slow, now that the crew has ended."""
+        if trouble.remedy == "reseat":
+            for rank in trouble.ranks:
+                crew.kill(rank)
+                self._pool.forget(crew.plan.seats[rank].worker)
+        elif trouble.remedy in ("swap", "shrink"):
+            self._tell([self._members.evict(node, trouble.evidence, time.time()) for node in trouble.nodes])
 
     def _reject(self, plan: Plan) -> None:
         """The state that a plan started from failed its proof: the same step and tier are never tried again."""

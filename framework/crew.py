@@ -115,6 +115,10 @@ class Crew:
             if view.ended is None:
                 view.remote.call("request_stop", self.plan.generation)
 
+    def request_test(self) -> None:
+        """Have the ranks measure each other at the next step boundary."""
+        self.ranks[0].remote.call("request_test", self.plan.generation)
+
     def abort(self, *, deadline_s: float, dead_nodes: frozenset[str]) -> tuple[int, ...]:
         """Throw everybody out of the collectives. Returns the ranks that had to be killed for it."""
         open_views = [(r, v) for r, v in enumerate(self.ranks) if v.ended is None]

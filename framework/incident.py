@@ -18,7 +18,9 @@ TIERS = ("local", "peer_memory", "parity", "durable", "fresh")
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why a generation ended before its time. `silent_s`: since the last sign of life of who is at fault."""
+    """Why a generation ended before its time. `silent_s`: since the last sign of life of who is at fault.
+
+    `remedy`: what was decided about somebody slow, by the name of the action."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -27,6 +29,7 @@ class Trouble:
     step: int
     detected_at: float
     silent_s: float = 0.0
+    remedy: str = ""
 
     @property
     def planned(self) -> bool:

@@ -13,11 +13,12 @@ Rule of this file: it tells and asks; what the records mean is the detector's, w
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fault_tolerance.actions import Action, choose
 from fault_tolerance.stacks import innermost, thread_first
 from fault_tolerance.verdict import Kind, Verdict
 from framework.cluster import CallError, Remote
@@ -26,19 +27,51 @@ from framework.incident import Trouble
 from framework.journal import Journal
 from framework.plan import Plan
 from framework.sentinel import Sentinel, settings_of
+from framework.weighing import AGAIN, Costs, Outlook, by_test, evicted, ways_out
 
 TROUBLE = {Kind.CRASH: "crash", Kind.HANG: "hang", Kind.LINK_HANG: "hang", Kind.MISMATCH: "mismatch"}
+SLOW = {Kind.SLOW_COMPUTE: "slow_compute", Kind.SLOW_LINK: "slow_link"}
+ONSET_STEPS = 8  # a slow verdict has watched so many steps before it is one
+TEST_S = 60.0
 STACK_S = 6.0
 STACK_CHARS = 6000
 TRAINING = "_generation_of"  # a function below which a worker trains
 UNEXPLAINED = ("hang", "crash")
 
 
-class Response:
-    """One crew's verdicts. `stacks` maps a worker to the file in which it lets its stacks be written."""
+@dataclass(slots=True)
+class Case:
+    """Somebody slow: since which step, seen last in which, whether a test has confirmed it, when to test or to weigh again,
+    what was said last."""
 
-    def __init__(self, config: Config, journal: Journal, plan: Plan, agents: Mapping[str, Remote]) -> None:
+    since: int
+    seen: int = 0
+    asked_s: float | None = None
+    confirmed: Verdict | None = None
+    test_at: int = 0
+    weigh_at_s: float = 0.0
+    said: str = ""
+
+
+class Response:
+    """One crew's verdicts. `without` tells what would become of the crew without a machine; machines in `reseated` have
+    had a new process for slowness before."""
+
+    def __init__(
+        self,
+        config: Config,
+        journal: Journal,
+        plan: Plan,
+        agents: Mapping[str, Remote],
+        *,
+        request_test: Callable[[], None],
+        without: Callable[[str], Outlook],
+        costs: Costs,
+        reseated: set[str],
+    ) -> None:
         self._config, self._journal, self._plan, self._agents = config, journal, plan, agents
+        self._request_test, self._without, self._costs, self._reseated = request_test, without, costs, reseated
+        self._cases: dict[tuple[object, ...], Case] = {}
         self._sentinel = Sentinel(plan, agents, settings_of(config.detect))
         self._told: set[tuple[object, ...]] = set()
         self._warned = False
@@ -51,8 +84,28 @@ class Response:
         for verdict in self._sentinel.take():
             if verdict.kind not in TROUBLE:
                 self._tell(verdict)
-        certain = [v for v in self._sentinel.active() if v.kind in TROUBLE and v.kind != Kind.CRASH]
-        return self._charge(certain[0]) if certain else None
+        active = self._sentinel.active()
+        certain = [v for v in active if v.kind in TROUBLE and v.kind != Kind.CRASH]
+        if certain:
+            return self._charge(certain[0])
+        slow = [v for v in active if v.kind in SLOW]
+        over = [key for key, case in self._cases.items() if self._journal.reached - case.seen > 3 * ONSET_STEPS]
+        for key in over:
+            del self._cases[key]
+        return next((t for v in slow if (t := self._weigh(v)) is not None), None)
+
+    def heard(self, said: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Take what is meant for it, a pair test's figures, out of what the ranks have said; returns the rest."""
+        rest = []
+        for item in said:
+            if item.get("event") != "pair_test":
+                rest.append(item)
+                continue
+            for verdict in self._sentinel.active():
+                case = self._cases.get(verdict.key)
+                if case is not None and case.asked_s is not None:
+                    self._tested(verdict, case, item)
+        return rest
 
     def explained(self, trouble: Trouble) -> Trouble:
         """The trouble, with what the records add: who is at fault where nobody was named, and what it was doing."""
@@ -70,6 +123,68 @@ class Response:
     def close(self) -> None:
         """The crew has ended."""
         self._sentinel.close()
+
+    def _tested(self, verdict: Verdict, case: Case, item: Mapping[str, Any]) -> None:
+        case.asked_s, step = None, int(item["step"])
+        case.confirmed = by_test(verdict, item["compute"], item["ways"], self._sentinel.topology)
+        if case.confirmed is not None:
+            return
+        case.test_at = step + AGAIN * max(ONSET_STEPS, step - case.since)
+        usual = sorted(item["compute"])[len(item["compute"]) // 2]
+        seen = ", ".join(f"{seconds / usual:.2f}" for seconds in item["compute"])
+        reason = f"{verdict.reason}; not confirmed by the pair test (computing takes {seen} of the median by rank): ignored"
+        self._journal.event("verdict", reason=reason, action="ignore", confirmed=False, **as_fields(verdict))
+
+    def _weigh(self, verdict: Verdict) -> Trouble | None:
+        """What to do about somebody slow, now. None: nothing, or not yet."""
+        now, reached = time.monotonic(), self._journal.reached
+        case = self._cases.setdefault(verdict.key, Case(since=max(0, reached - ONSET_STEPS)))
+        case.seen = reached
+        if self._config.detect.action == "observe":
+            return None
+        if case.confirmed is None:
+            waiting = case.asked_s is not None and now - case.asked_s < TEST_S
+            if not waiting and reached >= case.test_at:
+                case.asked_s = now
+                self._request_test()
+            return None
+        if now < case.weigh_at_s:
+            return None
+        case.weigh_at_s = now + 1.0
+        return self._chosen(verdict, case)
+
+    def _chosen(self, verdict: Verdict, case: Case) -> Trouble | None:
+        step_s, healthy_s = self._sentinel.step_times(verdict)
+        left = self._config.optim.num_steps - self._journal.reached
+        if healthy_s <= 0 or left <= 0 or case.confirmed is None:
+            return None
+        lost_s = (step_s - healthy_s) * (self._journal.reached - case.since)
+        node = evicted(verdict)
+        options = ways_out(
+            verdict, self._sentinel.topology, self._without(node), self._costs,
+            step_s=step_s, healthy_s=healthy_s, reseated=node in self._reseated,
+        )  # fmt: skip
+        choice = choose(options, step_s=step_s, healthy_step_s=healthy_s, steps_left=left, lost_s=lost_s)
+        action = choice.action.name.lower()
+        if action != case.said:
+            case.said = action
+            self._journal.event(
+                "verdict",
+                reason=f"{verdict.reason}; confirmed: {case.confirmed.reason}; {choice.reason}",
+                action=action,
+                confirmed=True,
+                comparison=list(choice.comparison),
+                **as_fields(verdict),
+            )
+        if choice.action is Action.IGNORE:
+            return None
+        if choice.action is Action.RESEAT:
+            self._reseated.add(node)
+        evidence = f"{verdict.reason}; {choice.reason}"
+        onset_s = step_s * (self._journal.reached - case.since)
+        return Trouble(
+            SLOW[verdict.kind], verdict.ranks, (node,), evidence, self._journal.reached, time.time(), onset_s, remedy=action
+        )
 
     def _charge(self, verdict: Verdict) -> Trouble:
         stack = self._stack(verdict.ranks) if verdict.kind == Kind.HANG else ""
@@ -91,6 +206,8 @@ class Response:
             return
         self._told.add(verdict.key)
         fields = as_fields(verdict)
+        if verdict.kind in SLOW:
+            fields["action"] = "observe" if self._config.detect.action == "observe" else "test"
         if stack:
             fields["stack"] = stack[:STACK_CHARS]
         self._journal.event("verdict", reason=verdict.reason, **fields)

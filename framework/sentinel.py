@@ -92,6 +92,16 @@ class Sentinel:
             found = [v for v in detector.active.values() if v.kind in CERTAIN]
             return found or judge_hangs(detector.rings, detector.topology, lambda record: LEAST_WAIT_S)
 
+    def step_times(self, verdict: Verdict) -> tuple[float, float]:
+        """Seconds of a step now, and without what a slow verdict names; zeros while unknown."""
+        with self._lock:
+            return self._detector.step_times(verdict)
+
+    @property
+    def topology(self) -> Topology:
+        """Where every rank sits."""
+        return self._detector.topology
+
     def close(self) -> None:
         """Stop looking."""
         self._over.set()

@@ -4,7 +4,7 @@
                           |         |                 |
                           |         |                 copies in the background, during the next forward and backward
                           |         waits only for that copy: the update is about to overwrite what it reads
-                          one all-reduce: loss, gradient norm, and what all ranks must agree on (stop? defer?)
+                          one all-reduce: loss, gradient norm, and what all ranks must agree on (stop? test?)
 
 Everything that ranks decide together is computed by each of them from the sums of that one all-reduce, so they
 always agree, and a snapshot or a stop costs no collective of its own.
@@ -103,6 +103,7 @@ class Report:
     stop: bool
     defer: bool
     record: bool
+    test: bool
     snapshot_cost_s: float
     step_time_s: float
 
@@ -113,7 +114,7 @@ class Report:
 
 
 class Trainer:
-    """One rank's loop. `run` blocks; `request_stop`, `progress` and `abandon` may be called from other threads."""
+    """One rank's loop. `run` blocks; `request_stop`, `request_test`, `progress` and `abandon` may be called from other threads."""
 
     def __init__(
         self,
@@ -129,12 +130,14 @@ class Trainer:
         emit: Callable[[dict[str, Any]], None],
         record: Record | None = None,
         reseed: Callable[[int], None] = lambda step: None,
+        pair_test: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._engine, self._feed, self._lr = engine, feed, learning_rate
         self._snapshots, self._faults, self._settings = snapshots, faults, settings
         self._sum, self._num_ranks, self._emit, self._record = sum_over_ranks, num_ranks, emit, record
         self._reseed = reseed
-        self._stop = threading.Event()
+        self._pair_test = pair_test
+        self._stop, self._test = threading.Event(), threading.Event()
         self._pass_s = 0.0
         self._last_step_s = 0.0
         self._last_snapshot = -1
@@ -146,6 +149,10 @@ class Trainer:
     def request_stop(self) -> None:
         """Ask all ranks, through this one, to end at the next step boundary."""
         self._stop.set()
+
+    def request_test(self) -> None:
+        """Ask all ranks, through this one, for a pair test at the next step boundary."""
+        self._test.set()
 
     def run(self, step: int) -> Outcome:
         """Train from `step` optimizer steps taken to `num_steps`. Raises RuntimeError when a collective fails."""
@@ -171,6 +178,10 @@ class Trainer:
             evaluating = time.monotonic()
             val_loss = self._evaluate(step)
             began += time.monotonic() - evaluating
+            if report.test:
+                self._phase(step, "test")
+                self._test.clear()
+                self._emit({"event": "pair_test", "step": step, **self._pair_test()})
             if report.stop and step < self._settings.num_steps:
                 return Outcome("stopped", step, val_loss)
         return Outcome("finished", step, self._evaluate(step, final=True))
@@ -189,16 +200,17 @@ class Trainer:
         defer = self._snapshots is not None and not self._snapshots.ready()
         cost = 0.0 if self._snapshots is None else self._snapshots.cost_s()
         ready = self._record is not None and self._record.ready()
-        local = [float(self._stop.is_set()), float(defer), float(ready), cost, self._last_step_s]
+        local = [float(self._stop.is_set()), float(defer), float(ready), float(self._test.is_set()), cost, self._last_step_s]
         sums = torch.stack([loss.double(), self._engine.grad_square_sum().double()])
         sums = torch.cat([sums, torch.tensor(local, dtype=torch.float64, device=sums.device)])
-        loss_sum, square_sum, stop, defer_sum, ready_sum, cost_sum, time_sum = self._sum(sums).tolist()
+        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, cost_sum, time_sum = self._sum(sums).tolist()
         return Report(
             loss=loss_sum / self._settings.tokens_per_step,
             grad_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
             stop=stop > 0,
             defer=defer_sum > 0,
             record=ready_sum == self._num_ranks,
+            test=test_sum > 0,
             snapshot_cost_s=cost_sum / self._num_ranks,
             step_time_s=time_sum / self._num_ranks,
         )

@@ -38,6 +38,7 @@ from framework.finish import sample_text, state_digest
 from framework.incident import Recovery
 from framework.initial import InitialWeights
 from framework.notice import Notice
+from framework.pair_test import pair_test
 from framework.plan import Plan
 from framework.recording import Recording
 from framework.restoring import RestoreFailed, restore, tensor_reader
@@ -102,6 +103,11 @@ class Worker:
         self._stop_asked = generation
         if generation == self._generation and self._trainer is not None:
             self._trainer.request_stop()
+
+    def request_test(self, generation: int) -> None:
+        """Have all ranks measure each other at the next step boundary."""
+        if generation == self._generation and self._trainer is not None:
+            self._trainer.request_test()
 
     def abort(self, generation: int) -> None:
         """Throw this rank out of whatever it waits in. Later calls of the same generation do nothing more."""
@@ -256,6 +262,7 @@ class Worker:
             else (lambda item: None),
             record=recording,
             reseed=lambda step: seed_streams(config.seed, step, mesh.seat[:2]),
+            pair_test=lambda: pair_test(mesh.device),
         )
         if self._stop_asked == plan.generation:
             trainer.request_stop()  # asked while this rank was still restoring

@@ -1,0 +1,75 @@
+"""Weighing: what could be done about somebody slow, what each way costs and brings, and which one is ripe.
+
+    suspected -> pair test -> not confirmed: nothing, and no new test before the suspicion has lasted four times as long
+                           -> confirmed:     ignore | re-seat | swap | shrink, by ski rental (fault_tolerance/actions.py)
+
+    re-seat    a new process in the same place, where the machine's other ranks are well; once a machine
+    swap       a warm spare takes the machine's place, the layout stays
+    shrink     the machine is left out, another layout on what is left
+
+Rule of this file: pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fault_tolerance.actions import Action, Option
+from fault_tolerance.pairtest import confirmed, judge_compute, judge_ways
+from fault_tolerance.verdict import Kind, Topology, Verdict
+
+AGAIN = 4  # times as long until a suspicion that was not confirmed is tested again
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """A machine left out: whether a warm spare takes its place, and how long a step takes then against a healthy one now.
+
+    `ratio` None: nothing could train without it.
+    """
+
+    spare: bool
+    ratio: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds of training lost by ending the generation at a step boundary and mustering another; by a new process."""
+
+    muster_s: float
+    start_worker_s: float
+
+
+def by_test(
+    suspicion: Verdict, compute: Sequence[float], ways: Sequence[tuple[int, int, float]], topology: Topology
+) -> Verdict | None:
+    """The pair test's own verdict where it agrees with a suspicion, else None."""
+    if suspicion.kind == Kind.SLOW_COMPUTE:
+        slow = 1 + 0.5 * min(0.5, max(0.1, suspicion.severity - 1))
+        found = judge_compute(dict(enumerate(compute)), topology, slow=slow)
+    else:
+        found = judge_ways({(a, b): seconds for a, b, seconds in ways}, topology)
+    return confirmed(suspicion, found)
+
+
+def ways_out(
+    verdict: Verdict, topology: Topology, outlook: Outlook, costs: Costs, *, step_s: float, healthy_s: float, reseated: bool
+) -> list[Option]:
+    """The options, IGNORE among them, with their costs and the step time that each leads to."""
+    found = [Option(Action.IGNORE, 0.0, step_s)]
+    node = evicted(verdict)
+    partly = len(verdict.nodes) == 1 and set(verdict.ranks) < set(topology.ranks_of(node))
+    if verdict.kind == Kind.SLOW_COMPUTE and partly and not reseated:
+        cost = costs.muster_s + costs.start_worker_s
+        found.append(Option(Action.RESEAT, cost, healthy_s, f"a new process on {node}, whose other ranks are well"))
+    if outlook.ratio is not None and outlook.spare:
+        found.append(Option(Action.SWAP, costs.muster_s, healthy_s, f"{node} out, a spare in"))
+    elif outlook.ratio is not None:
+        found.append(Option(Action.SHRINK, costs.muster_s, healthy_s * outlook.ratio, f"{node} out"))
+    return found
+
+
+def evicted(verdict: Verdict) -> str:
+    """The machine that would have to go: the slow one, or of a slow way the far end."""
+    return verdict.nodes[-1]
