@@ -450,7 +450,8 @@ class Controller:
     def _clear(self, crew: Crew, trouble: Trouble) -> None:
         """Everybody out of the old generation, the dead off the books, the incident opened."""
         began = time.monotonic()
-        self._journal.trouble(trouble, crew.plan)
+        likely = "" if trouble.planned or self._response is None else self._response.likely()
+        self._journal.trouble(trouble, crew.plan, likely_cause=likely)
         self._remedy(trouble, crew)
         dead = frozenset(trouble.nodes) if trouble.kind == "node_loss" else frozenset()
         for rank in trouble.ranks:

@@ -156,12 +156,13 @@ class Journal:
                     fields = {k: v for k, v in item.items() if k not in ("event", "reason", "step", "generation", "kind")}
                     self.event(str(kind), reason=str(item["reason"]), step=int(item["step"]), **fields)
 
-    def trouble(self, trouble: Trouble, plan: Plan) -> None:
-        """A generation has ended before its time; an incident begins."""
+    def trouble(self, trouble: Trouble, plan: Plan, *, likely_cause: str = "") -> None:
+        """A generation has ended before its time; an incident begins. `likely_cause`: a line out of the ranks' logs."""
         self._close_incident()
         self._open = Incident(trouble, str(plan.layout), detect_s=trouble.silent_s)
         self._opened = time.monotonic()
-        reason = str(trouble)
+        self._open.extra["likely_cause"] = likely_cause
+        reason = str(trouble) + (f"; likely cause in the logs: {likely_cause}" if likely_cause else "")
         self.event("trouble", reason=reason, cause=trouble.kind, ranks=trouble.ranks, nodes=trouble.nodes)
 
     def cleared(self, *, seconds: float, stuck: Sequence[int]) -> None:

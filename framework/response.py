@@ -25,6 +25,7 @@ from framework.cluster import CallError, Remote
 from framework.config import Config
 from framework.incident import Trouble
 from framework.journal import Journal
+from framework.log_watch import LogWatch
 from framework.plan import Plan
 from framework.sentinel import Sentinel, settings_of
 from framework.weighing import AGAIN, Costs, Outlook, by_test, evicted, ways_out
@@ -33,6 +34,7 @@ TROUBLE = {Kind.CRASH: "crash", Kind.HANG: "hang", Kind.LINK_HANG: "hang", Kind.
 SLOW = {Kind.SLOW_COMPUTE: "slow_compute", Kind.SLOW_LINK: "slow_link"}
 ONSET_STEPS = 8  # a slow verdict has watched so many steps before it is one
 TEST_S = 60.0
+LOGS_S = 1.0
 STACK_S = 6.0
 STACK_CHARS = 6000
 TRAINING = "_generation_of"  # a function below which a worker trains
@@ -73,8 +75,10 @@ class Response:
         self._request_test, self._without, self._costs, self._reseated = request_test, without, costs, reseated
         self._cases: dict[tuple[object, ...], Case] = {}
         self._sentinel = Sentinel(plan, agents, settings_of(config.detect))
+        self._logs = LogWatch(journal.logs, plan)
         self._told: set[tuple[object, ...]] = set()
         self._warned = False
+        self._read_logs_at = 0.0
 
     def look(self) -> Trouble | None:
         """Write new verdicts down. Returns trouble that the records are sure of."""
@@ -84,6 +88,9 @@ class Response:
         for verdict in self._sentinel.take():
             if verdict.kind not in TROUBLE:
                 self._tell(verdict)
+        if time.monotonic() > self._read_logs_at:
+            self._logs.poll(time.time())
+            self._read_logs_at = time.monotonic() + LOGS_S
         active = self._sentinel.active()
         certain = [v for v in active if v.kind in TROUBLE and v.kind != Kind.CRASH]
         if certain:
@@ -115,6 +122,10 @@ class Response:
             return replace(self._charge(named), silent_s=trouble.silent_s)
         self._tell(named or _as_verdict(trouble), stack=self._stack(trouble.ranks) if trouble.kind == "hang" else "")
         return trouble
+
+    def likely(self) -> str:
+        """The line in the ranks' logs that is likely the cause of what happened just now, or nothing."""
+        return self._logs.likely(time.time())
 
     def still_s(self, now: float) -> dict[int, float]:
         """Seconds since anything was new in the record of each rank that has one."""

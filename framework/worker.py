@@ -37,6 +37,7 @@ from framework.faults import FaultInjector
 from framework.finish import sample_text, state_digest
 from framework.incident import Recovery
 from framework.initial import InitialWeights
+from framework.log_watch import log_name
 from framework.notice import Notice
 from framework.pair_test import pair_test
 from framework.plan import Plan
@@ -161,7 +162,7 @@ class Worker:
         self._aborted.clear()
         self._done.clear()
         self._heard = time.monotonic()
-        _redirect(Path(self._config.run_dir) / "logs" / f"g{plan.generation:03d}_r{order['rank']:03d}_{self._name}.log")
+        _redirect(Path(self._config.run_dir) / "logs" / log_name(plan.generation, order["rank"], self._name))
         try:
             outcome = self._generation_of(plan, order)
             return {"how": outcome.kind, "step": outcome.step, "val_loss": outcome.val_loss}
