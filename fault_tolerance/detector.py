@@ -67,6 +67,7 @@ class Detector:
         self._drifted: dict[int, float] = {}
         self._fed = -1
         self._held: dict[tuple[object, ...], set[int]] = defaultdict(set)
+        self._held_others: dict[tuple[object, ...], set[int]] = defaultdict(set)
         self._judged_step = -1
         self._stopped_at: dict[int, int | None] = {}
 
@@ -215,15 +216,19 @@ class Detector:
         newest = last_step(seen)
         if newest == self._judged_step:
             return [v for v in self.active.values() if v.kind in SLOW]
+        first = max(self._judged_step + 1, newest - self.settings.persist + 1)
         self._judged_step = newest
-        found = judge_stragglers(seen, self.topology, levels=self._levels, rule=self.settings.rule)
-        found = (
-            [self._with_waits(v) for v in found if v.kind == Kind.SLOW_COMPUTE]
-            or self._links()
-            or found
-            or self._drift()
-        )
-        return self._persistent(found, newest)
+        computing: list[Verdict] = []
+        general: list[Verdict] = []
+        found: list[Verdict] = []
+        for step in range(first, newest + 1):  # more than one, where steps are short against the time between two looks
+            until = {rank: {s: span for s, span in spans.items() if s <= step} for rank, spans in seen.items()}
+            if all(until.values()):
+                general = judge_stragglers(until, self.topology, levels=self._levels, rule=self.settings.rule)
+                found = [self._with_waits(v) for v in general if v.kind == Kind.SLOW_COMPUTE]
+                computing = self._persistent(found, step, self._held)
+        others = [] if found else self._links() or general or self._drift()
+        return computing or self._persistent([v for v in others if v.kind in SLOW], newest, self._held_others)
 
     def _links(self) -> list[Verdict]:
         rule = self.settings.rule
@@ -253,15 +258,17 @@ class Detector:
                 out.append(Verdict(Kind.SLOW_COMPUTE, (rank,), nodes, reason, confidence=0.7, severity=m.ratio))
         return out
 
-    def _persistent(self, found: Iterable[Verdict], newest: int) -> list[Verdict]:
+    def _persistent(
+        self, found: Iterable[Verdict], newest: int, held: dict[tuple[object, ...], set[int]]
+    ) -> list[Verdict]:
         """Those that held for `persist` windows that end in different steps."""
         kept = []
         now = {v.key: v for v in found}
-        for key in [k for k in self._held if k not in now]:
-            del self._held[key]
+        for key in [k for k in held if k not in now]:
+            del held[key]
         for key, verdict in now.items():
-            self._held[key].add(newest)
-            if len(self._held[key]) >= self.settings.persist:
+            held[key].add(newest)
+            if len(held[key]) >= self.settings.persist:
                 kept.append(verdict)
         return kept
 

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fault_tolerance.verdict import Kind, Verdict
 from framework import run_dir
 from framework.cluster import CallError, Cluster
 from framework.config import decode
@@ -38,7 +39,7 @@ from framework.plan import Place, Plan, Refused, Source, choose, expected_s, mak
 from framework.planner import Planner
 from framework.pool import Pool, PoolError
 from framework.rendezvous import Rendezvous
-from framework.response import Response
+from framework.response import Response, as_fields
 from framework.sentinel import lend_rings
 from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
@@ -81,6 +82,7 @@ class Controller:
         self._asked_to_grow = 0.0
         self._response: Response | None = None
         self._reseated: set[str] = set()
+        self._rolled_back: set[int] = set()
         self._vitals = Vitals()
 
     def _gauge(self) -> Gauge:
@@ -372,9 +374,29 @@ class Controller:
         outcomes = [view.outcome for view in crew.ranks if view.outcome is not None]
         if all(outcome["how"] == "finished" for outcome in outcomes):
             return None
-        if any(outcome["how"] == "diverged" for outcome in outcomes):
-            raise Refused("loss or gradients stayed NaN or infinite although steps were left out; see detect.max_skips")
-        return leaving
+        spoilt = next((outcome for outcome in outcomes if outcome["how"] in ("corrupt", "diverged")), None)
+        return self._roll_back(crew, spoilt) if spoilt is not None else leaving
+
+    def _roll_back(self, crew: Crew, outcome: dict[str, Any]) -> Trouble:
+        """The state cannot be believed since step `clean`: what was kept after it is set aside. Raises Refused where that
+        has been done before, or nothing older is left.
+        """
+        clean, how = int(outcome["clean"]), str(outcome["how"])
+        ranks = tuple(outcome["ranks"])
+        nodes = tuple(dict.fromkeys(crew.plan.seats[rank].node for rank in ranks))
+        what = "the training state is corrupt" if how == "corrupt" else "the numbers stayed bad although steps were left out"
+        reason = f"{what}: {outcome['evidence']}; back to step {clean} or before"
+        kind = Kind.CORRUPT if how == "corrupt" else Kind.NAN
+        self._journal.event("verdict", reason=reason, **as_fields(Verdict(kind, ranks, nodes, reason)), action="roll_back")
+        self._memory.look(self._pool.agents)
+        self._memory.reject_after(clean)
+        while (saved := self._durable.newest()) is not None and saved.step > clean and saved.path is not None:
+            self._durable.reject(saved.path)
+        left = self._memory.snapshot is not None or self._durable.newest() is not None
+        if not left or (how == "diverged" and clean in self._rolled_back):
+            raise Refused(f"{reason}; nothing from before is left to go back to; see detect.max_skips, detect.digest_every")
+        self._rolled_back.add(clean)
+        return Trouble("nan", ranks, nodes, reason, self._journal.reached, time.time())
 
     def _sight(self, crew: Crew) -> Sight:
         now = time.monotonic()

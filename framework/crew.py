@@ -171,7 +171,7 @@ class Crew:
         except CallError as error:
             view.ended = Ended("error", str(error), now)
         else:
-            if result["how"] in ("finished", "stopped", "diverged"):
+            if result["how"] in ("finished", "stopped", "diverged", "corrupt"):
                 view.outcome = result
             view.ended = Ended(result["how"], result.get("evidence", ""), now)
 

@@ -42,9 +42,10 @@ from framework import fault_acts
 PHASES = ("forward", "backward", "optimizer", "staging", "encode", "transfer", "recovery")
 KINDS = (
     "kill_worker", "kill_node", "stop_worker", "hang", "slow_worker", "slow_link", "partition", "preempt", "add_node",
-    "corrupt_block", "raise",
+    "corrupt_block", "raise", "nan", "flip_bit",
 )  # fmt: skip
 FROM_AFAR = ("kill_node", "partition", "preempt", "add_node")  # another machine can do it to one that has no rank
+INLINE = ("raise", "hang", "slow_worker", "nan", "flip_bit")  # carried out by the training thread itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,8 @@ class FaultInjector:
             return rank == 0 and bool(seated) and fault.node not in seated and fault.kind in FROM_AFAR
 
         mine = [(i, f) for i, f in enumerate(faults) if here(f)]
-        self._acts = _ACTS | dict(acts or {})
+        self._poison = 0
+        self._acts = _ACTS | {"nan": self._spoil} | dict(acts or {})
         self._directory, self._rank = directory, rank
         self._armed = [(i, f) for i, f in mine if not (directory / self._name(i, f)).exists()]
 
@@ -123,10 +125,15 @@ class FaultInjector:
                 continue
             self._armed.remove((index, fault))
             share = {"forward": 0.1, "backward": 0.7}.get(phase)
-            if share is None or fault.kind in ("raise", "hang", "slow_worker"):
+            if share is None or fault.kind in INLINE:
                 self._fire(index, fault)
             else:
                 threading.Timer(share * expected_s, self._fire, (index, fault)).start()
+
+    def poisoned(self) -> bool:
+        """Whether the loss of the pass that has just ended is to be no number; once."""
+        poison, self._poison = self._poison, False
+        return poison
 
     def recovering(self, reached: int) -> None:
         """Fire the faults of phase `recovery` whose step the run has reached before."""
@@ -143,6 +150,9 @@ class FaultInjector:
         if not claim(self._directory, self._name(index, fault)):
             return
         self._acts[fault.kind](fault)
+
+    def _spoil(self, _: Fault) -> None:
+        self._poison += 1
 
 
 def _kill_worker(_: Fault) -> None:

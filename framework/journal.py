@@ -152,6 +152,8 @@ class Journal:
                     self.event("evaluation", reason=f"held-out loss {self._val_loss:.4f}", step=int(item["step"]), val_loss=self._val_loss)
                     self._telemetry.step(item)
                     self._tell({"evaluation": dict(item)})
+                case "numerics":
+                    self._numerics(item, plan)
                 case kind:
                     fields = {k: v for k, v in item.items() if k not in ("event", "reason", "step", "generation", "kind")}
                     self.event(str(kind), reason=str(item["reason"]), step=int(item["step"]), **fields)
@@ -239,6 +241,17 @@ class Journal:
         inner = {name: max((getattr(r, f"{name}_s") for r in told), default=0.0) for name in ("connect", "build", "restore")}
         startup.divide("hand-over", inner | {"first step": first_step_s})
         self.event("startup", reason=startup.words(), parts=dict(startup.parts), total_s=startup.total_s)
+
+    def _numerics(self, item: Mapping[str, Any], plan: Plan) -> None:
+        """A step was not believed: told, and an incident of its own, over as soon as it began."""
+        step, reason, ranks = int(item["step"]), str(item["reason"]), tuple(item["ranks"])
+        nodes = tuple(dict.fromkeys(plan.seats[rank].node for rank in ranks))
+        incident = Incident(Trouble("nan", ranks, nodes, reason, step, time.time()), str(plan.layout))
+        incident.decision, incident.layout_after, incident.tier = str(item["action"]), str(plan.layout), "local"
+        record = incident.plain()
+        self._incidents.append(record)
+        fields = {"cause": "nan", "ranks": list(ranks), "nodes": list(nodes), "action": item["action"]}
+        self.event("verdict", reason=reason, step=step, incident=record, loss=item["loss"], grad_norm=item["grad_norm"], **fields)
 
     def _restored(self, rank: int, recovery: Recovery, plan: Plan) -> None:
         self._recoveries[rank] = recovery

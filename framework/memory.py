@@ -99,6 +99,10 @@ class Memory:
         if self.snapshot is not None:
             self._rejected.add(self.snapshot.key)
 
+    def reject_after(self, step: int) -> None:
+        """What was captured after this step is not believed: it is never used."""
+        self._rejected |= {s.key for s in self._catalogue.snapshots if s.step > step}
+
     def holders_gone(self) -> tuple[str, ...]:
         """Nodes that held a part of the chosen snapshot when it was chosen, and whose vaults do not answer any more."""
         held = () if self.snapshot is None else tuple(holder.node for holder in self.snapshot.holders)

@@ -1,4 +1,4 @@
-"""Sentinel: reads the ranks' records from outside about once a second, and says what is wrong with whom.
+"""Sentinel: reads the ranks' records from outside twice a second, and says what is wrong with whom.
 
     agents of the plan's nodes --rings--> Detector (fault_tolerance/detector.py) --> verdicts, for the controller to take
 
@@ -24,7 +24,7 @@ from framework.cluster import Call, CallError, Remote, wait_all
 from framework.config import DetectConfig
 from framework.plan import Plan
 
-LOOK_S = 1.0
+LOOK_S = 0.5
 ANSWER_S = 2.0
 SHARE = 0.1  # of the time, at most
 

@@ -25,7 +25,10 @@ import torch
 from torch import Tensor
 
 from fault_tolerance.interval import Interval
+from fault_tolerance.numerics import Remedy
 from framework.faults import FaultInjector
+from framework.integrity import Integrity
+from framework.numeric_guard import NumericGuard
 from parallel.atlas import Piece
 from parallel.engine import Engine
 
@@ -83,15 +86,22 @@ class TrainSettings:
     interval: Callable[[float, float], Interval]
     max_skips: int
     mfu: Callable[[float], float] | None = None
+    spike_sigma: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a generation ended for this rank: `finished`, `stopped` (asked to, at a step boundary) or `diverged`."""
+    """How a generation ended for this rank: `finished`, `stopped` (asked to, at a step boundary), `diverged` or `corrupt`.
+
+    Of the last two: `clean` is the newest step whose state is believed, `ranks` who is at fault, as far as that is known.
+    """
 
     kind: str
     step: int
     val_loss: float | None = None
+    clean: int = -1
+    ranks: tuple[int, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +114,9 @@ class Report:
     defer: bool
     record: bool
     test: bool
+    corrupt: bool
     snapshot_cost_s: float
     step_time_s: float
-
-    @property
-    def finite(self) -> bool:
-        """Whether the step may be applied."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Trainer:
@@ -131,19 +137,24 @@ class Trainer:
         record: Record | None = None,
         reseed: Callable[[int], None] = lambda step: None,
         pair_test: Callable[[], dict[str, Any]] = dict,
+        integrity: Integrity | None = None,
+        rank: int = 0,
     ) -> None:
         self._engine, self._feed, self._lr = engine, feed, learning_rate
         self._snapshots, self._faults, self._settings = snapshots, faults, settings
         self._sum, self._num_ranks, self._emit, self._record = sum_over_ranks, num_ranks, emit, record
         self._reseed = reseed
-        self._pair_test = pair_test
+        self._pair_test, self._integrity, self._rank = pair_test, integrity, rank
+        self._guard = NumericGuard(spike_sigma=settings.spike_sigma, max_skips=settings.max_skips)
+        self._own_loss = 0.0
+        self._changed = ""
         self._stop, self._test = threading.Event(), threading.Event()
         self._pass_s = 0.0
         self._last_step_s = 0.0
         self._last_snapshot = -1
         self._stall_s = 0.0
         self._said_every = 0
-        self._skips = 0
+        self._kept = 0
         self.progress: tuple[int, str] = (0, "start")
 
     def request_stop(self) -> None:
@@ -158,19 +169,26 @@ class Trainer:
         """Train from `step` optimizer steps taken to `num_steps`. Raises RuntimeError when a collective fails."""
         if self._settings.interval(0.0, 0.0).steps > 0:
             self._snapshot(step, must=True)
+        self._kept = step
         began = time.monotonic()
         while step < self._settings.num_steps:
             report = self._pass(step + 1)
             if report.record and self._record is not None:
                 self._record.begin()  # all ranks are here, between the same two operations
-            if not report.finite and not self._redo_or_skip(step + 1, report):
-                return Outcome("diverged", step)
-            if report.finite:
+            if report.corrupt:
+                return self._corrupt(step)
+            remedy, report = self._judged(step + 1, report)
+            if remedy is Remedy.STOP:
+                return Outcome("diverged", step, clean=self._kept, reason=f"loss {report.loss}, gradient norm {report.grad_norm}")
+            if remedy is Remedy.KEEP:
                 self._update(step + 1, report)
-                self._skips = 0
+                self._kept = step + 1
+                odd, reason = ((), "") if self._integrity is None else self._integrity.settle(step + 1)
+                if odd:
+                    return Outcome("corrupt", step + 1, clean=self._clean(), ranks=odd, reason=reason)
             step += 1
             self._last_step_s = time.monotonic() - began
-            self._emit(self._row(step, report))
+            self._emit(self._row(step, report) | ({} if remedy is Remedy.KEEP else {"skipped": True}))
             began = time.monotonic()  # what a snapshot costs counts in the step after it
             last = step == self._settings.num_steps or report.stop
             if last or self._due(step, report):
@@ -196,14 +214,20 @@ class Trainer:
         tokens, labels = self._feed.batch(step)
         loss = self._engine.forward_backward(tokens, labels, num_tokens=self._settings.tokens_per_step)
         self._pass_s = time.monotonic() - began
+        if self._faults.poisoned():
+            loss = loss * math.nan
         self._phase(step, "report")
+        self._own_loss = float(loss)
+        self._changed = "" if self._integrity is None else self._integrity.changed()
         defer = self._snapshots is not None and not self._snapshots.ready()
         cost = 0.0 if self._snapshots is None else self._snapshots.cost_s()
         ready = self._record is not None and self._record.ready()
-        local = [float(self._stop.is_set()), float(defer), float(ready), float(self._test.is_set()), cost, self._last_step_s]
+        local = [float(self._stop.is_set()), float(defer), float(ready), float(self._test.is_set()), float(bool(self._changed)), cost, self._last_step_s]
         sums = torch.stack([loss.double(), self._engine.grad_square_sum().double()])
         sums = torch.cat([sums, torch.tensor(local, dtype=torch.float64, device=sums.device)])
-        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, cost_sum, time_sum = self._sum(sums).tolist()
+        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, changed_sum, cost_sum, time_sum = self._sum(sums).tolist()
+        if self._integrity is not None and changed_sum == 0:
+            self._integrity.passed()
         return Report(
             loss=loss_sum / self._settings.tokens_per_step,
             grad_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
@@ -211,19 +235,47 @@ class Trainer:
             defer=defer_sum > 0,
             record=ready_sum == self._num_ranks,
             test=test_sum > 0,
+            corrupt=changed_sum > 0,
             snapshot_cost_s=cost_sum / self._num_ranks,
             step_time_s=time_sum / self._num_ranks,
         )
 
-    def _redo_or_skip(self, step: int, report: Report) -> bool:
-        """Drop a step whose loss or gradient is not finite. False when too many came in a row.
+    def _judged(self, step: int, report: Report) -> tuple[Remedy, Report]:
+        """Whether a step is to be applied; one that is not believed is computed once more, from the same state.
 
-        The parameters are untouched: the update has not happened, so nothing needs to be rolled back.
+        The parameters are untouched: the update has not happened, so nothing needs to be read back.
         """
-        self._skips += 1
-        self._engine.discard()
-        self._emit({"event": "trouble", "step": step, "kind": "nan", "reason": _skip_reason(report)})
-        return self._skips <= self._settings.max_skips
+        decision = self._guard.judge(report.loss, report.grad_norm)
+        while decision.remedy is not Remedy.KEEP:
+            ranks = self._ranks_where(not math.isfinite(self._own_loss))
+            reason = decision.reason + (f"; not a number on rank {', '.join(map(str, ranks))}" if ranks else "")
+            self._emit({
+                "event": "numerics", "step": step, "reason": reason, "action": str(decision.remedy), "ranks": ranks,
+                "loss": report.loss, "grad_norm": report.grad_norm,
+            })  # fmt: skip
+            self._engine.discard()
+            if decision.remedy is not Remedy.RETRY:
+                break
+            report = self._pass(step)
+            decision = self._guard.judge(report.loss, report.grad_norm)
+        return decision.remedy, report
+
+    def _corrupt(self, step: int) -> Outcome:
+        """Some rank's state has changed though nobody wrote to it."""
+        ranks = self._ranks_where(bool(self._changed))
+        reason = f"the training state of rank {', '.join(map(str, ranks))} changed after step {step} though nobody wrote to it"
+        if self._changed:
+            print(f"integrity: {self._changed} of this rank has changed since step {step}", flush=True)
+        return Outcome("corrupt", step, clean=self._clean(), ranks=ranks, reason=reason)
+
+    def _clean(self) -> int:
+        return -1 if self._integrity is None else self._integrity.clean
+
+    def _ranks_where(self, here: bool) -> tuple[int, ...]:
+        """The ranks on which it is so. A collective."""
+        flags = torch.zeros(self._num_ranks, dtype=torch.float64)
+        flags[self._rank] = float(here)
+        return tuple(self._sum(flags).nonzero().flatten().tolist())
 
     def _update(self, step: int, report: Report) -> None:
         self._phase(step, "gate")
@@ -303,8 +355,4 @@ class Trainer:
             "tokens_per_s": settings.tokens_per_step / self._last_step_s,
             "snapshot_stall_ms": 1e3 * self._stall_s,
             **({} if settings.mfu is None else {"mfu": settings.mfu(self._last_step_s)}),
-        } | ({} if report.finite else {"skipped": True})
-
-
-def _skip_reason(report: Report) -> str:
-    return f"loss {report.loss}, gradient norm {report.grad_norm}: the update is left out, parameters are untouched"
+        }

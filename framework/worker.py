@@ -37,6 +37,7 @@ from framework.faults import FaultInjector
 from framework.finish import sample_text, state_digest
 from framework.incident import Recovery
 from framework.initial import InitialWeights
+from framework.integrity import Integrity, flip_bit
 from framework.log_watch import log_name
 from framework.notice import Notice
 from framework.pair_test import pair_test
@@ -152,7 +153,7 @@ class Worker:
     # lane "train"
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
-        """One generation. Returns how it ended: `finished`, `stopped`, `diverged`, `collective`, `aborted`, `error`
+        """One generation. Returns how it ended: `finished`, `stopped`, `diverged`, `corrupt`, `collective`, `aborted`, `error`
         or `restore_failed`, with evidence.
         """
         plan: Plan = order["plan"]
@@ -165,7 +166,14 @@ class Worker:
         _redirect(Path(self._config.run_dir) / "logs" / log_name(plan.generation, order["rank"], self._name))
         try:
             outcome = self._generation_of(plan, order)
-            return {"how": outcome.kind, "step": outcome.step, "val_loss": outcome.val_loss}
+            return {
+                "how": outcome.kind,
+                "step": outcome.step,
+                "val_loss": outcome.val_loss,
+                "clean": outcome.clean,
+                "ranks": outcome.ranks,
+                "evidence": outcome.reason,
+            }
         except RestoreFailed as error:
             return {"how": "restore_failed", "evidence": str(error)}
         except Exception as error:  # the one place where any failure of a generation becomes a value
@@ -198,7 +206,7 @@ class Worker:
             self._phase = "build"
             engine = make_engine(self._config, mesh, schedule=plan.schedule, num_microbatches=plan.num_microbatches)
             built = time.monotonic()
-            faults = self._faults(plan, order, mesh)
+            faults = self._faults(plan, order, mesh, engine)
             self._phase = "restore"
             faults.recovering(order["reached"])
             recovery = self._restore(engine, mesh, plan, order)
@@ -264,6 +272,8 @@ class Worker:
             record=recording,
             reseed=lambda step: seed_streams(config.seed, step, mesh.seat[:2]),
             pair_test=lambda: pair_test(mesh.device),
+            integrity=self._integrity(engine, mesh, start),
+            rank=mesh.rank,
         )
         if self._stop_asked == plan.generation:
             trainer.request_stop()  # asked while this rank was still restoring
@@ -288,6 +298,7 @@ class Worker:
             interval=lambda cost_s, step_s: fixed(every) if isinstance(every, int) else young(cost_s, step_s, mtbf_s),
             max_skips=config.detect.max_skips,
             mfu=mfu,
+            spike_sigma=config.detect.spike_sigma,
         )
 
     def _mfu(self, plan: Plan) -> Callable[[float], float]:
@@ -295,7 +306,7 @@ class Worker:
         here = plan.layout.world if local else len(plan.ranks_on(self._node))
         return make_mfu(self._config, plan.layout, workers_here=here)
 
-    def _faults(self, plan: Plan, order: dict[str, Any], mesh: Mesh) -> FaultInjector:
+    def _faults(self, plan: Plan, order: dict[str, Any], mesh: Mesh, engine: Engine) -> FaultInjector:
         rank = order["rank"]
         return FaultInjector(
             self._config.drill.faults,
@@ -305,12 +316,19 @@ class Worker:
             leads_node=plan.ranks_on(self._node)[0] == rank,
             seated=plan.nodes,
             acts={
+                "flip_bit": lambda fault: print("flip_bit:", flip_bit(engine.state()), flush=True),
                 "slow_link": lambda fault: print("slow_link:", mesh.pace(int(fault.severity * 1e6)), "connections", flush=True),
                 "corrupt_block": lambda fault: corrupt_block(
                     self._node, num_blocks=int(fault.severity), run=self._run_id, secret=self._secret
                 ),
             },
         )
+
+    def _integrity(self, engine: Engine, mesh: Mesh, start: int) -> Integrity | None:
+        every = self._config.detect.digest_every
+        if not every:
+            return None
+        return Integrity(engine.state, engine.atlas, rank=mesh.rank, every=every, share=mesh.share, start=start)
 
     def _record(self, plan: Plan, order: dict[str, Any]) -> Recording:
         def tell(line: str) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import gc
 import json
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,6 +96,12 @@ class Mesh:
         total = value.detach().to(self.device, copy=True)
         dist.all_reduce(total)
         return total
+
+    def share(self, value: object) -> list[Any]:
+        """Everybody's value, by rank. Small things only: it is pickled and goes over the wire."""
+        values: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(values, value)
+        return values
 
     def sever(self) -> int:
         """Make every operation that waits on this mesh raise, now and later. Returns the number of cut connections.
