@@ -227,7 +227,7 @@ class Detector:
                 general = judge_stragglers(until, self.topology, levels=self._levels, rule=self.settings.rule)
                 found = [self._with_waits(v) for v in general if v.kind == Kind.SLOW_COMPUTE]
                 computing = self._persistent(found, step, self._held)
-        others = [] if found else self._links() or general or self._drift()
+        others = [] if computing else (not found and self._links()) or general or self._drift()
         return computing or self._persistent([v for v in others if v.kind in SLOW], newest, self._held_others)
 
     def _links(self) -> list[Verdict]:
