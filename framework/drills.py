@@ -6,6 +6,7 @@
     losses      each step's loss within 1e-5 (relative) of the twin's; the held-out loss too
     incidents   what had to happen did, in this order; the same of machines that came and went
     state       the same bytes where the layout never changed, else every tensor within 1e-4 of the twin's
+    verdict     what happened and to which rank was said, where the drill is about that
 
 Rule of this file: pure, but for reading two run directories and their last checkpoints. It starts nothing.
 """
@@ -43,6 +44,7 @@ class Drill:
     news: tuple[str, ...] = ()
     lost: int | None = None
     tier: str = ""
+    verdict: tuple[str, int] | None = None  # the cause and the rank that an event must name
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ FEW = (  # one worker a node: steps are short, so that machines have time to com
     "fault_tolerance.every_steps=2",
 )
 LONG = (*FEW, "optim.num_steps=120", "detect.quarantine_s=10")
+FOUR = (*BASE[:5], "layout.pp=1", "layout.dp=4", "layout.tp=1", "fault_tolerance.tolerate=1", "fault_tolerance.every_steps=2")
+PAIRS = (*FOUR, "cluster.num_nodes=2", "cluster.workers_per_node=2")
 
 DRILLS = (
     Drill("worker", "a worker is killed and replaced in place", BASE, ("{step: 7, kind: kill_worker, rank: 3, phase: forward}",)),
@@ -168,7 +172,37 @@ DRILLS = (
         lost=4,
         tier="durable",
     ),
-    Drill("stop", "a worker is stopped (SIGSTOP)", BASE, ("{step: 7, kind: stop_worker, rank: 5, phase: forward}",)),
+    Drill("stop", "a worker is stopped (SIGSTOP)", BASE, ("{step: 7, kind: stop_worker, rank: 5, phase: forward}",), verdict=("hang", 5)),
+    Drill(
+        "hang",
+        "a worker never comes to a collective",
+        PAIRS,
+        ("{step: 9, kind: hang, rank: 2, severity: 0}",),
+        verdict=("hang", 2),
+    ),
+    Drill("gil", "a worker holds its interpreter lock for ever", PAIRS, ("{step: 9, kind: hang, rank: 1, severity: 1}",), verdict=("hang", 1)),
+    Drill(
+        "straggler",
+        "a worker gets a quarter of its time; it is named, and acted upon only if that pays",
+        (*PAIRS, "optim.num_steps=60"),
+        ("{step: 20, kind: slow_worker, rank: 2, severity: 4}",),
+        verdict=("slow_compute", 2),
+    ),
+    Drill(
+        "swap",
+        "a slow machine is replaced by a spare, because the run is long enough for that to pay",
+        (*FOUR, "cluster.num_nodes=4", "cluster.spare_nodes=1", "cluster.max_nodes=5", "optim.num_steps=300"),
+        ("{step: 20, kind: slow_worker, rank: 2, severity: 5}",),
+        verdict=("slow_compute", 2),
+    ),
+    Drill("nan", "a loss is no number, once", PAIRS, ("{step: 9, kind: nan, rank: 1}",), verdict=("nan", 1)),
+    Drill(
+        "flip",
+        "one bit of one rank's parameters flips",
+        (*PAIRS, "detect.digest_every=1"),
+        ("{step: 9, kind: flip_bit, rank: 2}",),
+        verdict=("corrupt", 2),
+    ),
     Drill("raise", "a worker raises an error", BASE, ("{step: 7, kind: raise, rank: 2, phase: optimizer}",)),
 )
 
@@ -205,6 +239,15 @@ def checks(run: str | Path, twin: str | Path, *, every_steps: int, drill: Drill 
         yield Check("state", equal, f"sha256 {str(summary.get('state_sha256'))[:16]} and {str(other.get('state_sha256'))[:16]}")
     else:
         yield _state(run, twin)
+    if drill is not None and drill.verdict is not None:
+        yield _named(run, drill.verdict)
+
+
+def _named(run: str | Path, verdict: tuple[str, int]) -> Check:
+    """Whoever was named must be the one, and nobody else."""
+    said = [(str(e["cause"]), *e["ranks"]) for e in run_dir.events(run) if e["kind"] == "verdict" and e["ranks"]]
+    told = ", ".join(f"{cause} of rank {' '.join(map(str, ranks))}" for cause, *ranks in dict.fromkeys(said)) or "nobody"
+    return Check("verdict", set(said) == {verdict}, f"named: {told}; to be named: {verdict[0]} of rank {verdict[1]}")
 
 
 def _in_order(wanted: Sequence[str], seen: Sequence[str]) -> bool:

@@ -131,9 +131,10 @@ class FaultInjector:
                 threading.Timer(share * expected_s, self._fire, (index, fault)).start()
 
     def poisoned(self) -> bool:
-        """Whether the loss of the pass that has just ended is to be no number; once."""
-        poison, self._poison = self._poison, False
-        return poison
+        """Whether the loss of the pass that has just ended is to be no number; each fault spoils one pass."""
+        poisoned = self._poison > 0
+        self._poison = max(0, self._poison - 1)
+        return poisoned
 
     def recovering(self, reached: int) -> None:
         """Fire the faults of phase `recovery` whose step the run has reached before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,19 @@ def test_each_violation_is_seen(tmp_path: Path, what: str, wrong: dict[str, Any]
 
 def test_the_named_drills_have_names_of_their_own() -> None:
     assert len({drill.name for drill in DRILLS}) == len(DRILLS)
+
+
+def test_whoever_is_named_must_be_the_one_and_nobody_else(tmp_path: Path) -> None:
+    run, twin = written(tmp_path / "a", losses=[3.0]), written(tmp_path / "b", losses=[3.0])
+
+    def held() -> bool:
+        found = checks(run, twin, every_steps=2, drill=replace(DRILLS[0], kinds=(), news=(), tier="", verdict=("hang", 2)))
+        return next(check.held for check in found if check.what == "verdict")
+
+    assert not held()
+    directory = RunDir(run)
+    directory.event("verdict", step=3, generation=1, reason="", cause="hang", ranks=[2])
+    assert held()
+    directory.event("verdict", step=3, generation=1, reason="", cause="slow_compute", ranks=[0])
+    directory.close()
+    assert not held()
