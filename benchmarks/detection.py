@@ -2,6 +2,9 @@
 
     python benchmarks/detection.py                      200 injections and 50 clean runs (about an hour)
     python benchmarks/detection.py --injections 12 --clean 2 --layouts 1x4x1,2x2x1
+    python benchmarks/detection.py --out runs.jsonl --count 40       the next 40 of them; the table is of all in the file
+
+All are drawn beforehand, from the seed alone, and shuffled, so that any first part of them is a fair sample.
 
 Every run is a crew of processes on gloo (benchmarks/drilled.py), watched from outside through its rings. Right means:
 the first verdict has the class that was injected and names the rank, or the way, and nothing else. A slow way is a shaped
@@ -182,6 +185,14 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def _outcomes(path: Path | None) -> list[Outcome]:
+    """What an earlier call has left in its file."""
+    if path is None or not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [Outcome(**{**r, "injection": Injection(**r["injection"]), "ranks": tuple(r["ranks"])}) for r in rows]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw, run, score, print."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -191,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--kinds", default=",".join(KINDS))
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, help="write every outcome here, one JSON object a line")
+    options.add_argument("--count", type=int, help="do no more than so many now")
     options.add_argument("--verbose", action="store_true")
     chosen = options.parse_args(argv)
     kinds = [kind for kind in chosen.kinds.split(",") if kind]
@@ -202,13 +214,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = [(layouts[i % len(layouts)], kinds[i // len(layouts) % len(kinds)]) for i in range(chosen.injections)]
     drawn = [(layout, scenario(dice, layout, kind)) for layout, kind in plan]
     drawn += [(layouts[i % len(layouts)], Injection("none")) for i in range(chosen.clean)]
-    outcomes = []
-    for number, (layout, injection) in enumerate(drawn):
+    order = list(enumerate(drawn))
+    random.Random(chosen.seed).shuffle(order)
+    outcomes = _outcomes(chosen.out)
+    todo = order[len(outcomes) :][: chosen.count]
+    for number, (layout, injection) in todo:
         outcome = run(layout, injection, seed=chosen.seed * 1000 + number, verbose=chosen.verbose)
         outcomes.append(outcome)
         mark = "right" if outcome.right else "WRONG"
         print(
-            f"{number + 1:4}/{len(drawn)} {mark} {layout!s:6} {injection.kind} {injection.severity:g}x rank {injection.rank}"
+            f"{len(outcomes):4}/{len(drawn)} {mark} {layout!s:6} {injection.kind} {injection.severity:g}x rank {injection.rank}"
             f" -> {outcome.kind} {outcome.ranks} after {outcome.seconds:.1f} s, {outcome.steps} steps. {outcome.reason}",
             flush=True,
         )
