@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from fault_tolerance.hangs import judge_deaths, judge_hangs
 from fault_tolerance.links import Delay, Ends, delays, judge_links, levels, normalised
 from fault_tolerance.mismatches import judge_mismatches
 from fault_tolerance.stragglers import LEARNT_STEPS, Rule, against_past, judge_stragglers, last_step, waits_caused
-from fault_tolerance.timeline import StepSpan, clock_offsets, meetings, merge, spans, transfers
+from fault_tolerance.timeline import StepSpan, clock_offsets, meetings, merge, spans, ticket_of, transfers
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from parallel.record import Op, Phase, Record, Ring, State, decode
 
@@ -126,7 +127,7 @@ class Detector:
     def _learn(self) -> None:
         for rank, ring in self.rings.items():
             since = self._learnt_ticket.get(rank, -1)
-            fresh = [r for r in ring.records if r.ticket > since]
+            fresh = list(ring.records[bisect_right(ring.records, since, key=ticket_of) :])
             settled = _settled(fresh)
             if settled:
                 self.deadlines.learn(r for r in settled if r.step >= self.settings.warm_up_steps)

@@ -76,7 +76,7 @@ def blocked_in(ring: Ring) -> tuple[Record, float] | None:
     """The operation a rank blocks in, its oldest open wait or else the one that threw it out, and for how many seconds."""
     if ring.dead:
         return None
-    tail = ring.records[-TAIL:]
+    tail = [r for r in ring.records[-TAIL:] if r.state is not State.DONE]
     blocked = [r for r in tail if r.open and r.wait_ns]
     failed = [r for r in tail if r.state == State.FAILED]
     if not blocked and not failed:

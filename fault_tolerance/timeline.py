@@ -21,7 +21,7 @@ from itertools import pairwise
 
 from parallel.record import Op, Phase, Record, Ring, State
 
-KEPT = 20_000  # records a rank; more than any window needs
+KEPT = 12_000  # records a rank; more than any window needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +78,16 @@ def merge(old: Ring | None, new: Ring, *, keep: int = KEPT) -> Ring:
     if old is None or (old.pid, old.generation) != (new.pid, new.generation) or new.head < old.head:
         return new
     first = new.records[0].ticket if new.records else new.head
-    settled = [r for r in old.records if r.ticket < first]
-    if len(settled) == len(old.records):
-        together = settled + list(new.records)
-    else:
-        fresh = {r.ticket: r for r in old.records[len(settled) :]} | {r.ticket: r for r in new.records}
-        together = settled + [fresh[ticket] for ticket in sorted(fresh)]
-    return replace(new, records=tuple(together[-keep:]))
+    at = bisect_left(old.records, first, key=ticket_of)
+    if at == len(old.records):
+        return replace(new, records=(old.records + new.records)[-keep:])
+    fresh = {r.ticket: r for r in old.records[at:]} | {r.ticket: r for r in new.records}
+    return replace(new, records=(old.records[:at] + tuple(fresh[ticket] for ticket in sorted(fresh)))[-keep:])
+
+
+def ticket_of(record: Record) -> int:
+    """For bisection: records are in the order of their tickets."""
+    return record.ticket
 
 
 def tail_lost(ring: Ring) -> bool:

@@ -2,7 +2,7 @@
 
     agents of the plan's nodes --rings--> Detector (fault_tolerance/detector.py) --> verdicts, for the controller to take
 
-A thread of its own, so that a node that does not answer never holds the controller up. It spends at most a tenth of its
+A thread of its own, so that a node that does not answer never holds the controller up. It spends at most a twentieth of its
 time: where judging takes long, it looks more rarely.
 
 Rule of this file: it looks and remembers. What follows from a verdict is decided in `response.py`.
@@ -26,7 +26,7 @@ from framework.plan import Plan
 
 LOOK_S = 0.5
 ANSWER_S = 2.0
-SHARE = 0.1  # of the time, at most
+SHARE = 0.05  # of the time, at most
 
 
 def settings_of(detect: DetectConfig) -> Settings:
