@@ -174,7 +174,7 @@ class FaultToleranceConfig:
 
 @dataclass(frozen=True, slots=True)
 class DetectConfig:
-    """When a run is in trouble, and whether to act on verdicts or only write them down.
+    """When a run is in trouble, and whether somebody slow is acted upon or only named.
 
     A hang is a collective older than the longer of `hang_timeout_s` and `hang_steps` step times; compiling and first
     steps may take `first_step_timeout_s`. `max_skips`: bad steps (NaN) left out in a row before the run stops.
