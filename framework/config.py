@@ -177,7 +177,8 @@ class DetectConfig:
     """When a run is in trouble, and whether somebody slow is acted upon or only named.
 
     A hang is a collective older than the longer of `hang_timeout_s` and `hang_steps` step times; compiling and first
-    steps may take `first_step_timeout_s`. `max_skips`: bad steps (NaN) left out in a row before the run stops.
+    steps may take `first_step_timeout_s`. `max_skips`: bad steps left out in a row before the run goes back, and then
+    stops; `spike_sigma` None: only a loss that is no number is bad; `digest_every` 0: the state's bits are not checked.
     """
 
     action: Literal["observe", "act"]
