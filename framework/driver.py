@@ -66,7 +66,7 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
                 "secret": secrets.token_hex(16),
                 "startup": startup.plain(),
             })  # fmt: skip
-            _await_constructor(controller, config.cluster.start_timeout_s)
+            _await_constructor(controller, interrupts)
             summary = _follow(cluster, controller, shown, interrupts)
     except ClusterError as error:
         raise ValueError(str(error)) from error
@@ -138,10 +138,17 @@ def _opened(config: Config, run_id: str, startup: Startup, early: LocalCluster |
         cluster.close()
 
 
-def _await_constructor(controller: Remote, timeout_s: float) -> None:
-    """Wait until the controller has read its config. Raises ValueError with what it says against it, if it does."""
+def _await_constructor(controller: Remote, interrupts: _Interrupts) -> None:
+    """Wait until the controller has read its config.
+
+    Raises ValueError with what it says against it, if it does, and KeyboardInterrupt at a second signal.
+    """
+    ready = controller.ready()
+    while not ready.wait(FOLLOW_S):
+        if interrupts.count > 1:
+            raise KeyboardInterrupt
     try:
-        controller.ready().result(timeout_s)
+        ready.result(0)
     except WorkerDied as error:
         if text := complaint(error):
             raise ValueError(text) from error
