@@ -23,9 +23,10 @@ from framework.schedule import Schedule
 from framework.windows import Data
 from parallel.assemble import meta
 from parallel.atlas import Atlas
-from parallel.checks import Wrapping
+from parallel.checks import Wrapping, check
+from parallel.contract import check_model
 from parallel.deepspeed_engine import DeepSpeedEngine, Zero
-from parallel.engine import Engine, EngineOptions, FsdpEngine
+from parallel.engine import Engine, EngineOptions, FsdpEngine, numbers
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.specs import state_specs
@@ -80,28 +81,44 @@ def _arguments(target: Callable[..., Any], model: ModelConfig, vocab_size: int) 
 
 
 def make_atlas(config: Config) -> Callable[[Layout, str], Atlas]:
-    """Atlases of this config's model: a function of layout and schedule. The model is looked at once."""
+    """Atlases of this config's model: a function of layout and schedule. The model is looked at once.
+
+    Raises ValueError for a model that breaks its contract, or does not go together with the layout that is asked for.
+    """
     whole = meta(model_builder(config))
+    _check_model(config, whole)
     specs, num_layers = state_specs(whole), len(whole.layers)  # type: ignore[arg-type]
     zero = _zero(config)
     sharding = "rows" if zero is None else zero.sharding
     return lambda layout, schedule: Atlas(specs, layout, schedule, num_layers, sharding)
 
 
-def make_engine(config: Config, mesh: Mesh, *, schedule: str, num_microbatches: int) -> Engine:
-    """This rank's engine on a mesh; its parameters are zero until they are loaded or initialised."""
-    layout, optim = config.layout, config.optim
-    wrapping = Wrapping(
+def _check_model(config: Config, whole: nn.Module) -> None:
+    """What the engine would refuse, before any worker is started: of a user's own model the config cannot know it."""
+    layout, degrees = config.layout, config.layout.degrees
+    check_model(whole, tp=degrees.tp if degrees is not None else 1)
+    if degrees is not None:
+        check(numbers(whole), layout=degrees, schedule=layout.schedule, num_microbatches=layout.num_microbatches, wrapping=_wrapping(config))
+
+
+def _wrapping(config: Config) -> Wrapping:
+    layout = config.layout
+    return Wrapping(
         precision=layout.precision,
         sequence_parallel=layout.sequence_parallel,
         reshard_after_forward=layout.reshard_after_forward,
         activation_checkpointing=layout.activation_checkpointing,
         compile=layout.compile,
     )
+
+
+def make_engine(config: Config, mesh: Mesh, *, schedule: str, num_microbatches: int) -> Engine:
+    """This rank's engine on a mesh; its parameters are zero until they are loaded or initialised."""
+    optim = config.optim
     options = EngineOptions(
         schedule=schedule,
         num_microbatches=num_microbatches,
-        wrapping=wrapping,
+        wrapping=_wrapping(config),
         betas=optim.betas,
         eps=optim.eps,
         weight_decay=optim.weight_decay,

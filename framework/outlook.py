@@ -65,7 +65,9 @@ def _budget(config: Config, plan: Plan, atlas: Atlas) -> dict[str, memory_budget
 
 def _work(config: Config, planner: Planner, plan: Plan) -> Iterator[tuple[str, str]]:
     optim, tokens = config.optim, config.optim.global_batch * config.data.seq_len
-    yield "model", f"{planner.model.params:,} parameters, {planner.model.num_layers} layers, vocabulary {planner.model.vocab_size}"
+    atlas = planner.atlas(plan.layout, plan.schedule)
+    params = sum(math.prod(spec.shape) for spec in atlas.specs if spec.name.startswith("param/"))
+    yield "model", f"{params:,} parameters, {atlas.num_layers} layers, vocabulary {planner.model.vocab_size}"
     yield "data", f"{config.data.kind}, {config.data.seq_len} tokens a sample"
     yield "optimizer", f"AdamW, peak rate {optim.lr:g}, {optim.schedule} over {optim.schedule_steps} steps, {optim.warmup_steps} to warm up"
     yield "batch", f"{optim.global_batch} samples = {tokens:,} tokens; {optim.num_steps} steps = {optim.num_steps * tokens:,} tokens"

@@ -106,7 +106,7 @@ class FsdpEngine:
         layout = mesh.layout
         check_model(whole, tp=layout.tp)
         check(
-            _numbers(whole),
+            numbers(whole),
             layout=layout,
             schedule=options.schedule,
             num_microbatches=options.num_microbatches,
@@ -224,7 +224,8 @@ class FsdpEngine:
         return torch.zeros((), dtype=torch.float64, device=self._mesh.device)
 
 
-def _numbers(whole: nn.Module) -> ModelNumbers:
+def numbers(whole: nn.Module) -> ModelNumbers:
+    """What a model is, for `checks.check`."""
     table = getattr(whole.embed, "weight", None)
     return ModelNumbers(
         num_layers=len(whole.layers),  # type: ignore[arg-type]
