@@ -413,7 +413,7 @@ class Controller:
             ended=ended,
             silent_s={r: min(s, still.get(r, s)) for r, s in crew.silent_s(now).items()},
             progress=crew.progress(),
-            quiet_s=self._journal.quiet_s(crew.began),
+            quiet_s=min([self._journal.quiet_s(crew.began), *still.values()]),  # a step may be long and still go on
             dead_nodes=frozenset(dead),
             draining=frozenset(n.name for n in nodes if n.draining) | self._told_to_leave(crew, nodes),
             vaults_lost=self._memory.lost,
