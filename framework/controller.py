@@ -40,7 +40,7 @@ from framework.planner import Planner
 from framework.pool import Pool, PoolError
 from framework.rendezvous import Rendezvous
 from framework.response import Response, as_fields
-from framework.sentinel import lend_rings
+from framework.sentinel import Sentinel, lend_rings, settings_of
 from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
 from framework.vitals import Vitals
@@ -332,6 +332,7 @@ class Controller:
             self._journal,
             crew.plan,
             self._pool.agents,
+            sentinel=Sentinel(crew.plan, self._pool.agents, settings_of(self._config.detect)),
             request_test=crew.request_test,
             without=lambda node: self._without(node, crew.plan),
             costs=Costs(wish.muster_s, wish.start_worker_s),

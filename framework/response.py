@@ -27,7 +27,7 @@ from framework.incident import Trouble
 from framework.journal import Journal
 from framework.log_watch import LogWatch
 from framework.plan import Plan
-from framework.sentinel import Sentinel, settings_of
+from framework.sentinel import Sentinel
 from framework.weighing import AGAIN, Costs, Outlook, by_test, evicted, ways_out
 
 TROUBLE = {Kind.CRASH: "crash", Kind.HANG: "hang", Kind.LINK_HANG: "hang", Kind.MISMATCH: "mismatch"}
@@ -66,6 +66,7 @@ class Response:
         plan: Plan,
         agents: Mapping[str, Remote],
         *,
+        sentinel: Sentinel,
         request_test: Callable[[], None],
         without: Callable[[str], Outlook],
         costs: Costs,
@@ -74,7 +75,7 @@ class Response:
         self._config, self._journal, self._plan, self._agents = config, journal, plan, agents
         self._request_test, self._without, self._costs, self._reseated = request_test, without, costs, reseated
         self._cases: dict[tuple[object, ...], Case] = {}
-        self._sentinel = Sentinel(plan, agents, settings_of(config.detect))
+        self._sentinel = sentinel
         self._logs = LogWatch(journal.logs, plan)
         self._told: set[tuple[object, ...]] = set()
         self._warned = False

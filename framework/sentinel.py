@@ -10,6 +10,7 @@ Rule of this file: it looks and remembers. What follows from a verdict is decide
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -26,11 +27,15 @@ from framework.plan import Plan
 
 LOOK_S = 0.5
 ANSWER_S = 2.0
+LEND_S = 10.0
 SHARE = 0.05  # of the time, at most
 
 
 def settings_of(detect: DetectConfig) -> Settings:
-    """What the config says, in the detector's terms; a look and a confirmation still fit before the hang deadline."""
+    """What the config says, in the detector's terms; a look and a confirmation still fit before the hang deadline.
+
+    An agent that answers late is no evidence: whether a machine is gone is asked of the machine itself.
+    """
     deadline_s = 0.8 * detect.hang_timeout_s
     patience = Patience(
         floor_s=deadline_s,
@@ -38,13 +43,14 @@ def settings_of(detect: DetectConfig) -> Settings:
         steps=0.8 * detect.hang_steps,
         unlearnt_s=detect.first_step_timeout_s,
     )
-    return Settings(rule=Rule(ratio=1 + 0.6 * (detect.slow_ratio - 1), drift=1 + 0.27 * (detect.slow_ratio - 1)), patience=patience)
+    more = detect.slow_ratio - 1  # what is sure to exceed it is found from well below it on
+    return Settings(silent_s=math.inf, rule=Rule(ratio=1 + 0.6 * more, drift=1 + 0.27 * more), patience=patience)
 
 
 def lend_rings(plan: Plan, agents: Mapping[str, Remote]) -> dict[int, str]:
     """Have every node lend memory for its ranks' records. A rank whose node cannot goes without."""
     calls = [agents[n].call("lend_rings", plan.generation, list(plan.ranks_on(n))) for n in plan.nodes if n in agents]
-    wait_all(calls, ANSWER_S)
+    wait_all(calls, LEND_S)
     return {rank: path for call in calls for rank, path in _answer(call).items()}
 
 

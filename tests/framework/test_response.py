@@ -1,0 +1,180 @@
+"""What becomes of verdicts: events that name, trouble where it is certain, and nothing costly without proof."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fault_tolerance.verdict import Kind, Topology, Verdict
+from framework import run_dir
+from framework.config import decode
+from framework.incident import Trouble
+from framework.journal import Journal
+from framework.plan import Plan, Seat, Source
+from framework.response import Response
+from framework.weighing import Costs, Outlook
+from parallel.layout import Layout
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NODES = ("n0", "n1", "n2", "n3")
+PLAN = Plan(
+    run="r",
+    generation=1,
+    layout=Layout(1, 4, 1),
+    schedule="1f1b",
+    num_microbatches=1,
+    seats=tuple(Seat(node, 0) for node in NODES),
+    domains={},
+    tolerate=1,
+    source=Source("fresh", 0),
+    options=(),
+    reason="",
+)
+SLOW = Verdict(Kind.SLOW_COMPUTE, (2,), ("n2",), "rank 2 is slow", severity=3.0)
+HUNG = Verdict(Kind.HANG, (1,), ("n1",), "rank 1 never came")
+
+
+class Seen:
+    """A sentinel that sees what it is told to."""
+
+    def __init__(self) -> None:
+        self.now: tuple[Verdict, ...] = ()
+        self.fresh: list[Verdict] = []
+        self.failure = ""
+        self.topology = Topology(PLAN.layout, NODES)
+
+    def see(self, *verdicts: Verdict) -> None:
+        self.fresh += [v for v in verdicts if v not in self.now]
+        self.now = verdicts
+
+    def take(self) -> list[Verdict]:
+        fresh, self.fresh = self.fresh, []
+        return fresh
+
+    def active(self) -> tuple[Verdict, ...]:
+        return self.now
+
+    def explain(self) -> list[Verdict]:
+        return list(self.now)
+
+    def step_times(self, verdict: Verdict) -> tuple[float, float]:
+        return 0.3, 0.1
+
+    def pids(self) -> dict[int, int]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+def _no_gauge() -> None:
+    raise AssertionError("nobody exports gauges here")
+
+
+class Scene:
+    """A response, what it sees, how far the run is, and the tests that were asked for."""
+
+    def __init__(self, directory: Path, **changed: Any) -> None:
+        tree = yaml.safe_load((CONFIGS / "train.yaml").read_text())
+        tree = {key: item for key, item in tree.items() if key not in ("defaults", "hydra")} | {"run_dir": str(directory)}
+        groups = {"model": "tiny", "data": "synthetic", "optim": "adamw", "layout": "default", "cluster": "local"}
+        for group, choice in (groups | {"fault_tolerance": "default", "monitor": "default"}).items():
+            tree[group] = yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text())
+        tree["monitor"] |= {"wandb": "disabled"}
+        tree["detect"] |= changed
+        self.directory, self.seen, self.asked = directory, Seen(), 0
+        config = decode(tree)
+        self.journal = Journal(config, "r", gauge=_no_gauge)
+        self.response = Response(
+            config, self.journal, PLAN, {}, sentinel=self.seen, request_test=self._ask,  # type: ignore[arg-type]
+            without=lambda node: Outlook(spare=True, ratio=1.0), costs=Costs(2.0, 8.0), reseated=set(),
+        )  # fmt: skip
+
+    def _ask(self) -> None:
+        self.asked += 1
+
+    def reach(self, step: int) -> None:
+        row = {"step": step, "loss": 1.0, "step_time_s": 0.1, "samples": [0, 1], "generation": 1, "layout": "1x4x1"}
+        self.journal.take([row], PLAN)
+
+    def test(self, step: int, compute: list[float]) -> None:
+        assert self.response.heard([{"event": "pair_test", "step": step, "compute": compute, "ways": []}]) == []
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        return [e for e in run_dir.events(self.directory) if e["kind"] == "verdict"]
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Callable[..., Scene]:
+    return lambda **changed: Scene(tmp_path / "run", **changed)
+
+
+def test_a_hang_is_told_once_and_is_trouble(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.seen.see(HUNG)
+    trouble = at.response.look()
+    assert isinstance(trouble, Trouble) and (trouble.kind, trouble.ranks, trouble.nodes) == ("hang", (1,), ("n1",))
+    at.response.look()
+    assert [(e["cause"], e["ranks"]) for e in at.verdicts()] == [("hang", [1])]
+
+
+def test_a_way_that_is_stuck_gets_neither_end_killed(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.seen.see(Verdict(Kind.LINK_HANG, (0, 1), ("n0", "n1"), "stuck", link=(0, 1)))
+    trouble = at.response.look()
+    assert trouble is not None and (trouble.kind, trouble.ranks) == ("hang", ())
+    assert at.verdicts()[0]["link"] == [0, 1]
+
+
+def test_who_is_slow_is_tested_and_without_proof_left_alone(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.reach(20)
+    at.seen.see(SLOW)
+    assert at.response.look() is None and at.asked == 1
+    at.test(21, [0.01, 0.01, 0.0101, 0.01])
+    assert at.response.look() is None and at.asked == 1  # not asked again at once
+    assert [e.get("confirmed") for e in at.verdicts()] == [None, False]
+    at.reach(80)
+    at.response.look()
+    assert at.asked == 2  # it still looks slow after four times as long
+
+
+def test_who_is_slow_and_proved_so_is_replaced_when_as_much_is_lost_as_it_costs(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.reach(16)
+    at.seen.see(SLOW)
+    at.response.look()
+    at.test(16, [0.01, 0.01, 0.03, 0.01])
+    assert at.response.look() is None  # 8 steps of 0.2 s lost, 2 s to change
+    at.reach(40)
+    at.response._cases[SLOW.key].weigh_at_s = 0.0
+    trouble = at.response.look()
+    assert trouble is not None and (trouble.kind, trouble.nodes, trouble.remedy) == ("slow_compute", ("n2",), "swap")
+    assert trouble.planned
+    last = at.verdicts()[-1]
+    assert last["action"] == "swap" and len(last["comparison"]) == 2
+
+
+def test_an_observer_names_and_does_nothing(scene: Callable[..., Scene]) -> None:
+    at = scene(action="observe")
+    at.reach(40)
+    at.seen.see(SLOW)
+    assert at.response.look() is None and at.asked == 0
+    assert [(e["cause"], e["action"]) for e in at.verdicts()] == [("slow_compute", "observe")]
+
+
+def test_a_broken_collective_that_names_nobody_is_explained_by_the_records(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.seen.see(HUNG)
+    told = at.response.explained(Trouble("crash", (), (), "a collective broke", 7, 0.0, 3.0))
+    assert (told.kind, told.ranks, told.silent_s) == ("hang", (1,), 3.0)
+
+
+def test_what_the_controller_saw_by_itself_is_a_verdict_too(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    lost = Trouble("node_loss", (3,), ("n3",), "n3 gone with all its processes", 7, 0.0)
+    assert at.response.explained(lost) == lost
+    assert [(e["cause"], e["ranks"], e["nodes"]) for e in at.verdicts()] == [("node_loss", [3], ["n3"])]
