@@ -94,6 +94,14 @@ class Hosts:
             f" lladdr 02:00:00:00:00:fe dev {INTERFACE} nud permanent"
         )
 
+    def fast_again(self, host: int) -> None:
+        """What a host sends is not limited any more."""
+        self._tc(host, f"qdisc del dev {INTERFACE} root")
+
+    def restore_way(self, source: int, target: int) -> None:
+        """The opposite of `drop_way`."""
+        _ip(f"netns exec {self.name(source)} ip neigh del {self.address(target)} dev {INTERFACE}")
+
     def cut(self, host: int) -> None:
         """A host is cut off in silence."""
         _ip(f"netns exec {self._switch} ip link set v{host} nomaster")

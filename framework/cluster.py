@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -26,6 +25,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from framework.answering import Answering, takes_connections
 from framework.checkout import code
 from framework.host import tail
 from framework.local_cluster import LocalCluster
@@ -53,6 +53,7 @@ __all__ = [
 
 POLL_S = 0.05
 ACCEPT_S = 0.5
+ANSWER_S = 2.0  # of a machine's kernel, one lost packet included
 ID_CHARS = 12
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
@@ -66,6 +67,7 @@ class Cluster:
         self.run_id, self.address, self.control = run_id, address, control
         self._local, self._facts = local, dict(facts)
         self._groups: dict[str, PlacementGroup] = {}
+        self._answering = Answering(self._answers)
         self._lock = threading.Lock()
         self.timings: dict[str, float] = {} if local is None else local.timings
 
@@ -193,20 +195,23 @@ class Cluster:
         nodes, lacks = self._lacks()
         return tuple(node for node in nodes if not lacks[node.name])
 
-    def confirm(self, node: str, *, timeout_s: float = 1.0) -> bool:
+    def confirm(self, node: str) -> bool:
         """Whether a machine answers right now, without Ray's patience: its raylet takes a connection, and is not stopped."""
+        return not self._answering.ask([node])
+
+    def unanswering(self, nodes: Iterable[str]) -> frozenset[str]:
+        """Those of some machines that do not answer right now; known ones are not waited for, as they are asked meanwhile."""
+        return self._answering.ask(nodes)
+
+    def _answers(self, node: str) -> bool:
         if self.control is not None:
             with contextlib.suppress(ClusterError):
                 return Machines(self.control).answers(node)
             return False
-        found = next((n for n in self.nodes() if n.name == node and n.alive), None)
-        if found is None:
-            return False
-        try:
-            with socket.create_connection((found.ip, found.port), timeout=timeout_s):
-                return True
-        except OSError:
-            return False
+        found = None
+        with contextlib.suppress(RayError):  # the background may still ask when the cluster is closed
+            found = next((n for n in self.nodes() if n.name == node and n.alive), None)
+        return found is not None and takes_connections(found.ip, found.port, ANSWER_S)
 
     def start_controller(self, factory: str, payload: Mapping[str, Any], *, log: str | None = None) -> Remote:
         """The run's controller, which Ray starts again wherever it can if it is lost.
@@ -408,11 +413,7 @@ class Cluster:
 
 def _accepts(row: Mapping[str, Any]) -> bool:
     """Whether the raylet of a row of Ray's node table takes a connection."""
-    try:
-        with socket.create_connection((row["NodeManagerAddress"], row["NodeManagerPort"]), timeout=ACCEPT_S):
-            return True
-    except OSError:
-        return False
+    return takes_connections(row["NodeManagerAddress"], row["NodeManagerPort"], ACCEPT_S)
 
 
 def _seat_node(name: str) -> str:

@@ -187,7 +187,9 @@ class Controller:
         """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine."""
         seen = self._cluster.nodes()
         self._see(seen)
-        nodes = [n for n in seen if n.alive and not n.head and self._cluster.confirm(n.name)]
+        nodes = [n for n in seen if n.alive and not n.head]
+        silent = self._cluster.unanswering(n.name for n in nodes)
+        nodes = [n for n in nodes if n.name not in silent]
         self._pool.reap(nodes)
         able = {n.name for n in self._cluster.usable()} & {n.name for n in self._members.usable(seen, time.time())}
         wish, warm = self._config.cluster, {n.name: self._pool.warm(n.name) for n in nodes}
@@ -407,7 +409,7 @@ class Controller:
         still = {} if self._response is None else self._response.still_s(now)  # who records operations is not silent
         suspects = {crew.plan.seats[r].node for r, e in ended.items() if e.how == "died"}
         suspects |= {crew.plan.seats[r].node for r, s in crew.silent_s(now).items() if s > 1.0} | self._memory.lost
-        dead = {n.name for n in nodes if not n.alive} | {n for n in suspects if not self._cluster.confirm(n)}
+        dead = {n.name for n in nodes if not n.alive} | self._cluster.unanswering(suspects)
         broken = [e.at for e in ended.values() if e.how == "collective"]
         return Sight(
             now=time.time(),

@@ -65,7 +65,7 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
                 "run_id": run_id,
                 "secret": secrets.token_hex(16),
                 "startup": startup.plain(),
-            })  # fmt: skip
+            }, log=str(Path(config.run_dir).resolve() / "logs" / "controller.log"))  # fmt: skip
             _await_constructor(controller, interrupts)
             summary = _follow(cluster, controller, shown, interrupts)
     except ClusterError as error:

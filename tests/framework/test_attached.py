@@ -1,0 +1,48 @@
+"""A run on a cluster that somebody else has started: it survives the loss of a node, and leaves the cluster as it was."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.ray_cluster import RayCluster
+from tests.framework.attached import NOTHING, finish, left_behind, train, wait_for_step
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+VICTIM = 2
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[RayCluster]:
+    """Three nodes with a token, each on an address of its own."""
+    with RayCluster(addresses=["127.0.0.3", "127.0.0.4", "127.0.0.5"]) as cluster:
+        yield cluster
+
+
+def test_a_node_of_somebody_s_cluster_dies_and_the_run_finishes_and_leaves_nothing(ray: RayCluster, tmp_path: Path) -> None:
+    """The controller was placed anywhere, here on the node that died, and its history lay on that machine's disk."""
+    shm = set(Path("/dev/shm").glob("holdfast*"))
+    process = train(ray, tmp_path / "run", num_nodes=3, steps=40)
+    wait_for_step(process, tmp_path / "run", lambda row: row["step"] >= 8, 120)
+    ray.crash(VICTIM)
+    took = wait_for_step(process, tmp_path / "run", lambda row: row["generation"] > 1, 60)
+    summary = finish(process, tmp_path / "run", 90)
+    (incident,) = summary["incidents"]
+    assert (incident["kind"], incident["nodes"], incident["tier"]) == ("node_loss", ["127.0.0.5"], "parity")
+    assert incident["steps_lost"] <= 1 and summary["layout"] == "1x2x1" and took < 60
+    assert left_behind(ray) == NOTHING
+    assert set(Path("/dev/shm").glob("holdfast*")) <= shm
+
+
+def test_a_run_whose_terminal_is_gone_ends_by_itself_and_leaves_nothing(ray: RayCluster, tmp_path: Path) -> None:
+    """A driver killed by SIGKILL left detached actors and reservations in the cluster for ever."""
+    process = train(ray, tmp_path / "run", num_nodes=2, steps=100_000)
+    wait_for_step(process, tmp_path / "run", lambda row: row["step"] >= 3, 120)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while (left := left_behind(ray)) != NOTHING:
+        assert time.monotonic() < deadline, left
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "the program that started the run has ended" in events and '"checkpoint"' in events
