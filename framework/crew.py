@@ -131,15 +131,18 @@ class Crew:
                 self._close(rank, view)
         stuck = [r for r, v in open_views if v.ended is None]
         for rank in stuck:
-            self.kill(rank)
+            self.kill(rank, agent_s=0.0 if self.plan.seats[rank].node in dead_nodes else 2.0)
         return tuple(stuck)
 
-    def kill(self, rank: int) -> None:
-        """SIGKILL a rank's process through its node's agent (a stopped process dies too), then tell Ray."""
+    def kill(self, rank: int, *, agent_s: float = 2.0) -> None:
+        """SIGKILL a rank's process through its node's agent (a stopped process dies too), then tell Ray.
+
+        `agent_s` is how long to wait for the agent; one on a node that is lost would not answer.
+        """
         view, node = self.ranks[rank], self.plan.seats[rank].node
         pid = view.remote.pid
         if pid is not None and node in self.agents:
-            self.agents[node].call("kill_pid", pid).wait(2.0)
+            self.agents[node].call("kill_pid", pid).wait(agent_s)
         view.remote.kill()
         if view.ended is None:
             view.ended = Ended("died", "killed: it was not out of the collectives by the deadline", time.monotonic())

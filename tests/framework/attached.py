@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks.ray_cluster import RayCluster
 from framework import run_dir
 
@@ -46,12 +48,20 @@ def wait_for_step(process: subprocess.Popen[bytes], run: Path, holds: Callable[[
     return time.monotonic() - began
 
 
-def finish(process: subprocess.Popen[bytes], run: Path, timeout_s: float) -> dict[str, Any]:
-    """The summary of a run that must end well, with every sample used exactly once."""
+def interrupt(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the command itself, which on a host of its own has a parent in between."""
+    root = psutil.Process(process.pid)
+    (root.children() or [root])[0].terminate() if root.name() == "nsenter" else root.terminate()
+
+
+def finish(
+    process: subprocess.Popen[bytes], run: Path, timeout_s: float, *, status: str = "finished", code: int = 0
+) -> dict[str, Any]:
+    """The summary of a run that must end as is said, with every sample used exactly once."""
     _, said = process.communicate(timeout=timeout_s)
-    assert process.returncode == 0, said.decode()[-3000:]
+    assert process.returncode == code, said.decode()[-3000:]
     summary = run_dir.summary(run)
-    assert summary is not None and summary["status"] == "finished"
+    assert summary is not None and summary["status"] == status
     following = 0
     for row in run_dir.metrics(run):
         assert row["samples"][0] == following, row

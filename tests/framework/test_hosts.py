@@ -1,0 +1,36 @@
+"""A run on hosts with networks of their own, of which one is cut off without a word and comes back."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.hosts import Boxes, why_not
+from benchmarks.ray_cluster import RayCluster
+from framework import run_dir
+from tests.framework.attached import NOTHING, finish, interrupt, left_behind, train, wait_for_step
+
+NO_HOSTS = why_not()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
+def test_a_host_that_is_cut_off_is_done_without_in_seconds_and_taken_back_when_it_returns(tmp_path: Path) -> None:
+    """Nothing closes a connection to a host that is cut off, and Ray believes in it for a minute."""
+    run = tmp_path / "run"
+    with Boxes(3) as boxes, RayCluster(boxes=boxes) as ray:
+        process = train(ray, run, num_nodes=3, steps=100_000)
+        wait_for_step(process, run, lambda row: row["step"] >= 8, 120)
+        boxes.cut(2)
+        assert wait_for_step(process, run, lambda row: row["generation"] > 1, 30) < 30
+        time.sleep(2)
+        boxes.join(2)
+        wait_for_step(process, run, lambda row: row["generation"] > 2 and row["layout"] == "1x3x1", 90)
+        interrupt(process)
+        summary = finish(process, run, 60, status="interrupted", code=130)
+        assert left_behind(ray) == NOTHING
+    first = summary["incidents"][0]
+    assert (first["kind"], first["nodes"], first["steps_lost"] <= 1) == ("node_loss", ["10.77.0.3"], True)
+    layouts = list(dict.fromkeys((row["generation"], row["layout"]) for row in run_dir.metrics(run)))
+    assert [layout for _, layout in layouts] == ["1x3x1", "1x2x1", "1x3x1"], layouts
