@@ -78,13 +78,7 @@ class RayCluster:
         process = self._started.pop(number)
         if self._boxes is not None:
             self._boxes.crash(number)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(process.pid)
-            while victims := [p for p in [root, *root.children(recursive=True)] if p.status() != psutil.STATUS_ZOMBIE]:
-                for victim in victims:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        victim.kill()
-                time.sleep(0.01)
+        kill_tree(process.pid)
         process.wait()
         shutil.rmtree(self._folder / str(number), ignore_errors=True)
 
@@ -120,3 +114,17 @@ class RayCluster:
                 raise RuntimeError(f"ray start on node {number}: must come up within {START_S:.0f} s, it did not\n{self.log(number)}")
             time.sleep(0.1)
         return found.group()
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL for a process and all below it, stopped first so that none starts others or mourns."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        victims = [root]
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.suspend()
+                victims += victim.children()
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()

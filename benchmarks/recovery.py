@@ -40,8 +40,7 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks.ray_cluster import RayCluster
-from framework.faults import kill_tree
+from benchmarks.ray_cluster import RayCluster, kill_tree
 from framework.machines import CONTROL, Machines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +154,7 @@ def torchrun(options: argparse.Namespace, folder: Path) -> Iterator[Outcome]:
             agents.append(stack.enter_context(_process(command, folder, {**os.environ, **ours, "BENCH_NODE": str(node)})))
         steps, alive = Steps(folder / "steps", "life"), lambda: agents[0].poll() is None
         yield hurt("torchrun", "worker", steps, WORKER_AT, lambda: _kill_pid(folder, str(VICTIM)), alive)
-        yield hurt("torchrun", "node", steps, steps.last + NODE_AFTER, lambda: kill_tree(psutil.Process(agents[VICTIM].pid)), alive)
+        yield hurt("torchrun", "node", steps, steps.last + NODE_AFTER, lambda: kill_tree(agents[VICTIM].pid), alive)
         _saves(folder, steps)
 
 
@@ -196,19 +195,23 @@ def main() -> None:
                 print(f"{system}: {error}\n{(folder / 'log').read_text(errors='replace')[-2000:]}", flush=True)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-        if not options.dry:
-            _write(outcomes, options.every)
+            if not options.dry:
+                _write(outcomes, options.every)
+    print(markdown(_report(outcomes, options.every)))
 
 
-def _write(outcomes: list[dict[str, Any]], every: int) -> None:
+def _report(outcomes: list[dict[str, Any]], every: int) -> dict[str, Any]:
     import torch
 
     machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version(), "torch": torch.__version__}
-    report = {"machine": machine, "every": every, "outcomes": outcomes}
+    return {"machine": machine, "every": every, "outcomes": outcomes}
+
+
+def _write(outcomes: list[dict[str, Any]], every: int) -> None:
+    report = _report(outcomes, every)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "recovery.json").write_text(json.dumps(report, indent=1) + "\n")
     (RESULTS / "recovery.md").write_text(markdown(report))
-    print(markdown(report))
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -281,12 +284,7 @@ def _process(command: list[str], folder: Path, environment: dict[str, str]) -> I
     try:
         yield process
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            below = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            for child in below:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
+        kill_tree(process.pid)
         process.wait()
 
 

@@ -197,10 +197,14 @@ class Cluster:
 
     def confirm(self, node: str) -> bool:
         """Whether a machine answers right now, without Ray's patience: its raylet takes a connection, and is not stopped."""
-        return not self._answering.ask([node])
+        return not self.unanswering([node])
 
     def unanswering(self, nodes: Iterable[str]) -> frozenset[str]:
-        """Those of some machines that do not answer right now; known ones are not waited for, as they are asked meanwhile."""
+        """Those of some machines that do not answer now. Emulated ones are asked at the warden, which costs no time; real ones
+        all at once, and who was silent is asked again in the background.
+        """
+        if self.control is not None:
+            return frozenset(node for node in nodes if not self._answers(node))
         return self._answering.ask(nodes)
 
     def _answers(self, node: str) -> bool:
