@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import gc
 import json
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +33,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from parallel.forget import forget
 from parallel.layout import AXES, Layout
 from parallel.sockets import Address, listeners, pace, shut_down
+
+SLICE_S = 0.5  # a wait at the store cannot be severed, so it is cut into these
 
 
 class Mesh:
@@ -62,21 +66,23 @@ class Mesh:
         device: torch.device | str = "cpu",
         timeout_s: float = 8.0,
         arrive_s: float = 60.0,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> Mesh:
         """Meet the other ranks of a generation and make the groups. Blocks until all are there.
 
-        Raises RuntimeError (torch's) when somebody does not come within `arrive_s`, or fails while connecting.
+        Raises RuntimeError (torch's) when somebody does not come within `arrive_s`, or fails while connecting, and soon
+        after `given_up` says that there is no use in waiting for the others any more.
         A process has one mesh at a time, close the one before; and no generation twice.
         """
         device = torch.device(device)
         place = PrefixStore(f"generation {generation}", store)
-        _arrive(place, "arrived", rank, layout.world, "", arrive_s)
+        _arrive(place, "arrived", rank, layout.world, "", arrive_s, given_up)
         before = listeners()
         names = tuple(f"{axis} of {generation}" for axis in AXES)
         devices = _make_groups(place, rank, layout, device, names, timedelta(seconds=timeout_s))
         mine = sorted(listeners() - before)
         try:
-            everyone = _arrive(place, "listeners", rank, layout.world, json.dumps(mine), timeout_s)
+            everyone = _arrive(place, "listeners", rank, layout.world, json.dumps(mine), timeout_s, given_up)
         except BaseException:
             dist.destroy_process_group()
             raise
@@ -128,12 +134,20 @@ class Mesh:
         gc.collect()
 
 
-def _arrive(store: Store, what: str, rank: int, world: int, value: str, wait_s: float) -> list[str]:
+def _arrive(
+    store: Store, what: str, rank: int, world: int, value: str, wait_s: float, given_up: Callable[[], bool]
+) -> list[str]:
     """Leave a value for the others, wait until all have, and return theirs by rank."""
     store.set(f"{what}/{rank}", value)
     keys = [f"{what}/{peer}" for peer in range(world)]
-    store.wait(keys, timedelta(seconds=wait_s))
-    return [store.get(key).decode() for key in keys]
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            store.wait(keys, timedelta(seconds=max(0.001, min(SLICE_S, deadline - time.monotonic()))))
+            return [store.get(key).decode() for key in keys]
+        except dist.DistStoreError:
+            if given_up() or time.monotonic() >= deadline:
+                raise
 
 
 def _make_groups(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
+from parallel.layout import Layout
+from parallel.mesh import Mesh
 from tests.parallel.compare import Reference, loss_error, state_error
 from tests.parallel.harness import Pool, wait_until
 from tests.parallel.mesh_ranks import alone_in_the_crowd, cut_only_its_own, survive, train_and_count
@@ -91,3 +95,15 @@ def test_generations_leave_nothing_open(crew: Pool) -> None:
         crew.run(train_and_count, job, world=4)
     counts = [crew.run(train_and_count, job, world=4) for job in jobs]
     assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_rank_that_waits_for_one_who_never_comes_gives_up_when_told() -> None:
+    """A second node died while the crew of the first recovery was connecting: everybody else waited for its rank at the store,
+    where nothing can be severed, until the deadline passed and they were killed, with all that they had loaded and compiled.
+    """
+    store, over = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False), threading.Event()
+    threading.Timer(0.2, over.set).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        Mesh.connect(store, rank=0, layout=Layout(dp=2), generation=1, arrive_s=60.0, given_up=over.is_set)
+    assert time.monotonic() - began < 5.0
