@@ -1,7 +1,8 @@
-"""holdfast drill: inject real faults into a small run, run its fault-free twin, and check that nothing was lost.
+"""holdfast drill: hurt a small run for real, run its fault-free twin, and check that nothing was lost.
 
-    holdfast drill                       the named drills, one line each
+    holdfast drill --list                the named drills, one line each
     holdfast drill node                  run one, or several; `all` for all
+    holdfast drill random seed=7         what is killed, when, and under which layout is drawn; runs=5: five seeds from there on
     holdfast drill node model=laptop     with overrides of the config, as for `holdfast train`
 
 Everything is real: processes, sockets, SIGKILL. Exit code 0 if every invariant held, 1 if one did not.
@@ -14,26 +15,26 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from framework import run_dir
-from framework.drills import DRILLS, Check, Drill, checks
+from framework.drill_sets import DRILLS, random_drill
+from framework.drills import Check, Drill, Ending, checks, ending
+from framework.strikes import Striker, left_behind
 
 LIMIT_S = 600.0
+GONE_S = 10.0
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run drills. Returns 0, 1 on a violation; raises ValueError for a name that is none."""
-    if "-h" in arguments or "--help" in arguments or not arguments:
-        print(f"{__doc__}\ndrills:\n" + "".join(f"  {drill.name:<10}{drill.about}\n" for drill in DRILLS))
+    if not arguments or {"-h", "--help", "--list"} & set(arguments):
+        print(f"{__doc__}\ndrills:\n" + "".join(f"  {drill.name:<11}{drill.about}\n" for drill in DRILLS))
         return 0
-    names = [word for word in arguments if "=" not in word]
-    known = {drill.name: drill for drill in DRILLS}
-    if unknown := [name for name in names if name not in known and name != "all"]:
-        raise ValueError(f"holdfast drill {unknown[0]}: no such drill; there are {', '.join(known)} and all")
-    chosen = DRILLS if "all" in names else [known[name] for name in names]
-    overrides = [word for word in arguments if "=" in word]
+    chosen = _chosen([word for word in arguments if "=" not in word], _number(arguments, "seed", 0), _number(arguments, "runs", 1))
+    overrides = [word for word in arguments if "=" in word and not word.startswith(("seed=", "runs="))]
     root = Path(tempfile.mkdtemp(prefix="drill-", dir=_runs()))
     twins: dict[tuple[str, ...], Path] = {}
     results = [(drill, _run(drill, overrides, root, twins)) for drill in chosen]
@@ -42,33 +43,74 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if all(check.held for _, found in results for check in found) else 1
 
 
+def _chosen(names: Sequence[str], seed: int, runs: int) -> list[Drill]:
+    known = {drill.name: drill for drill in DRILLS}
+    if unknown := [name for name in names if name not in known and name not in ("all", "random")]:
+        raise ValueError(f"holdfast drill {unknown[0]}: no such drill; there are {', '.join(known)}, random and all")
+    found = list(DRILLS) if "all" in names else [known[name] for name in names if name != "random"]
+    return found + ([random_drill(number) for number in range(seed, seed + runs)] if "random" in names else [])
+
+
+def _number(arguments: Sequence[str], key: str, default: int) -> int:
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if name == key:
+            if not value.isdigit():
+                raise ValueError(f"holdfast drill: {key} must be a whole number, got {value!r}")
+            return int(value)
+    return default
+
+
 def _run(drill: Drill, overrides: Sequence[str], root: Path, twins: dict[tuple[str, ...], Path]) -> list[Check]:
-    """`twins`: those that have been run, by their overrides; the same one serves every drill that differs in faults only."""
-    run, words = root / drill.name, (*drill.overrides, *overrides)
-    if words not in twins:
-        twins[words] = root / f"{drill.name}-twin"
-        _train(twins[words], words)
-    twin = twins[words]
-    _train(run, [*words, f"drill.faults=[{', '.join(drill.faults)}]"])
-    every = run_dir.config(twin)["fault_tolerance"]["every_steps"]
-    return list(checks(run, twin, every_steps=every, drill=drill))
+    """A drill and what must hold. A twin serves all drills that differ from it by their faults alone."""
+    run, words = root / drill.name, [*drill.overrides, *overrides]
+    faulty = [*words, f"drill.faults=[{', '.join(drill.faults)}]"]
+    end = _train(run, faulty, drill)
+    found = list(ending(drill, run, end))
+    if end.exit_code not in (0, 130) or end.exit_code != drill.exit_code:
+        return found
+    keeping = run_dir.config(run)["fault_tolerance"]
+    if (key := tuple(words)) not in twins:
+        twins[key] = root / f"{drill.name}-twin"
+        _train(twins[key], words)
+    before = None
+    if drill.exit_code:
+        before, run = run, root / f"{drill.name}-resumed"
+        _train(run, [*words, f"resume={before}"])
+    every, durable = keeping["every_steps"], keeping["durable"]["every_steps"]
+    return found + list(checks(run, twins[key], every_steps=every, durable_steps=durable, drill=drill, before=before))
 
 
-def _train(directory: Path, words: Sequence[str]) -> None:
+def _train(directory: Path, words: Sequence[str], drill: Drill | None = None) -> Ending:
     """A run in a process of its own: this one must be able to do several."""
     print(f"drill: {directory.name} ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "launch.main", "train", *words, f"run_dir={directory}"]
     with (directory.parent / f"{directory.name}.log").open("w") as log:
-        subprocess.run(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, timeout=LIMIT_S, check=False, cwd=_checkout()
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=_checkout())
+        with Striker(process.pid, directory, drill.strikes if drill else ()) as striker:
+            try:
+                code = process.wait(LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()  # its cluster ends with it
+                code = process.wait()
+    return Ending(code, tuple(striker.hits), _left(striker.control))
+
+
+def _left(control: str | None) -> tuple[str, ...]:
+    """What is still there after a moment: processes take one to end."""
+    deadline = time.monotonic() + GONE_S
+    while control is not None and (found := left_behind(control)):
+        if time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+    return ()
 
 
 def _table(results: Sequence[tuple[Drill, Sequence[Check]]]) -> str:
     lines = []
     for drill, found in results:
         verdict = "held" if all(check.held for check in found) else "VIOLATED"
-        lines.append(f"{drill.name:<10}{verdict:<10}{drill.about}")
+        lines.append(f"{drill.name:<11}{verdict:<10}{drill.about}")
         lines += [f"  {'ok  ' if check.held else 'FAIL'} {check.what:<11}{check.seen}" for check in found]
     return "\n".join(lines)
 

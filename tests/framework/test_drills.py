@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from framework.drills import DRILLS, checks
+from framework import run_dir
+from framework.drill_sets import DRILLS, random_drill
+from framework.drills import Drill, Ending, checks, ending
 from framework.run_dir import RunDir
+from framework.strikes import KINDS, Hit, Strike
 
 
 def written(path: Path, *, losses: list[float], layout: str = "2x2x2", sha: str = "a" * 64, lost: int = 0, **more: Any) -> Path:
@@ -17,8 +21,9 @@ def written(path: Path, *, losses: list[float], layout: str = "2x2x2", sha: str 
     for step, loss in enumerate(losses, 1):
         first = (step - 1) * 4 + (1 if step == more.get("gap_at") else 0)
         directory.metric({"step": step, "loss": loss, "samples": [first, step * 4 - 1], "layout": layout})
-    incidents = [{"steps_lost": lost}] if lost else []
-    directory.write_summary({"status": more.get("status", "finished"), "state_sha256": sha, "incidents": incidents})
+    incidents = [{"steps_lost": lost, "tier": more.get("tier", "local"), "kind": "crash", "detected_at": 0.0}] if lost else []
+    status = {"status": more.get("status", "finished"), "reason": more.get("reason", "")}
+    directory.write_summary(status | {"state_sha256": sha, "incidents": incidents})
     directory.close()
     return path
 
@@ -50,8 +55,57 @@ def test_each_violation_is_seen(tmp_path: Path, what: str, wrong: dict[str, Any]
     assert [name for name, held in verdicts(run, twin).items() if not held] == [what]
 
 
+def test_a_run_that_was_resumed_is_judged_together_with_what_came_before(tmp_path: Path) -> None:
+    twin = written(tmp_path / "twin", losses=[3.0, 2.0, 1.0])
+    before = written(tmp_path / "before", losses=[3.0, 2.0, 9.0], status="interrupted")
+    run = written(tmp_path / "run", losses=[3.0, 2.0, 1.0])
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[2:]))
+    assert all(check.held for check in checks(run, twin, every_steps=2, before=before))
+    assert not all(check.held for check in checks(run, twin, every_steps=2))
+
+
+def test_steps_since_the_checkpoint_may_be_lost_only_where_the_state_came_from_storage(tmp_path: Path) -> None:
+    twin = written(tmp_path / "twin", losses=[3.0, 2.0, 1.0])
+    for tier, held in (("durable", True), ("parity", False)):
+        run = written(tmp_path / tier, losses=[3.0, 2.0, 1.0], lost=6, tier=tier)
+        found = {check.what: check.held for check in checks(run, twin, every_steps=2, durable_steps=4)}
+        assert found["lost"] is held
+
+
+def test_an_end_must_have_its_code_its_word_and_leave_nothing(tmp_path: Path) -> None:
+    run = written(tmp_path / "a", losses=[3.0], status="failed", reason="state lost: step 1 was reached")
+    drill = Drill("d", "", (), exit_code=3, says=("state lost",), strikes=(Strike("step 1", 0.0, "kill_node", "n1"),))
+    hit = Hit(drill.strikes[0], 100.0, (7,))
+    good = Ending(3, (hit,), ())
+    assert all(check.held for check in ending(drill, run, good))
+    for what, end in {
+        "exit": Ending(1, (hit,), ()),
+        "struck": Ending(3, (), ()),
+        "clean": Ending(3, (hit,), ("/dev/shm/holdfast-x",)),
+    }.items():
+        assert [check.what for check in ending(drill, run, end) if not check.held] == [what]
+    unsaid = replace(drill, says=("a checkpoint of step 4",))
+    assert [check.what for check in ending(unsaid, run, good) if not check.held] == ["word"]
+
+
+def test_times_that_an_incident_tells_are_held_against_the_clock(tmp_path: Path) -> None:
+    """Detection was once told as 0.0 s whenever a process had died, because only the living were asked for their silence."""
+    drill = Drill("d", "", (), strikes=(Strike("step 1", 0.0, "kill_node", "n1"),))
+    for told, held in ((3.2, True), (1.0, False)):
+        directory = RunDir(tmp_path / str(told))
+        incident = {"kind": "node_loss", "detected_at": 100.9, "total_s": told, "restore_s": 0.1, "steps_lost": 1}
+        directory.write_summary({"status": "finished", "incidents": [incident]})
+        directory.event("recovered", step=2, generation=2, reason="", incident=incident)
+        [event] = run_dir.events(directory.path)
+        (directory.path / "events.jsonl").write_text(json.dumps(event | {"time": 103.4}) + "\n")
+        end = Ending(0, (Hit(drill.strikes[0], 100.0, (7,)),), ())
+        assert {c.what: c.held for c in ending(drill, directory.path, end)}["times"] is held
+
+
 def test_the_named_drills_have_names_of_their_own() -> None:
     assert len({drill.name for drill in DRILLS}) == len(DRILLS)
+    assert all(strike.kind in KINDS for drill in (*DRILLS, random_drill(3)) for strike in drill.strikes)
 
 
 def test_whoever_is_named_must_be_the_one_and_nobody_else(tmp_path: Path) -> None:
