@@ -29,7 +29,7 @@ from framework.strikes import Hit, Strike
 LOSS_RTOL = 1e-5
 STATE_ATOL = 1e-4
 TIME_S = 1.0  # how far told times may be from the clock's: a machine that does much else looks late, and reports late
-PREPARED = ("preemption", "resize", "controller")  # kinds of incidents before which the state is made safe
+PREPARED = ("preemption", "resize")  # kinds of incidents before which the state is made safe
 STRUCK_AT_ONCE = ("kill_worker", "kill_agent", "kill_node")
 
 

@@ -42,11 +42,11 @@ class Journal:
             self._dir.write_config(plain(config))
         sinks = make_sinks(config.monitor, directory=config.run_dir, run_id=self._dir.tracking_id, config=plain(config), gauge=gauge)
         self._telemetry = Telemetry(sinks)
+        self._written_at = max((f.stat().st_mtime for f in self._dir.path.glob("*.jsonl")), default=time.time())
         self._rows = run_dir.metrics(config.run_dir)
         events = run_dir.events(config.run_dir)
         self._startup = None if events else startup
         self.generation = max((int(e["generation"]) for e in events), default=0)
-        self._first_generation = self.generation + 1
         self._incidents: list[dict[str, Any]] = [e["incident"] for e in events if "incident" in e]
         self._open: Incident | None = None
         self._opened = 0.0
@@ -54,8 +54,7 @@ class Journal:
         self._step_times: deque[float] = deque(maxlen=50)
         self._last_step_at = 0.0
         self._stepped: set[int] = set()
-        self._began = time.time()
-        self._useful_s = sum(float(row["step_time_s"]) for row in self._rows)
+        self._began = float(events[0]["time"]) if events else time.time()
         self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FOLLOWED)
         self._number = 0
         self._lock = threading.Lock()
@@ -82,6 +81,11 @@ class Journal:
     def step_s(self) -> float:
         """The median step time lately; 0 while unknown."""
         return statistics.median(self._step_times) if self._step_times else 0.0
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since anything was written down, by this life of the controller or the one before."""
+        return max(0.0, time.time() - self._written_at)
 
     def stepped(self, generation: int) -> bool:
         """Whether a generation has taken a step."""
@@ -167,6 +171,20 @@ class Journal:
         reason = str(trouble) + (f"; likely cause in the logs: {likely_cause}" if likely_cause else "")
         self.event("trouble", reason=reason, cause=trouble.kind, ranks=trouble.ranks, nodes=trouble.nodes)
 
+    def inherited(self, trouble: Trouble) -> None:
+        """The controller was lost, and this is its next life; an incident begins."""
+        layout = self._rows[-1].get("layout") if self._rows else None
+        self._open = Incident(trouble, str(layout or ""), detect_s=trouble.silent_s)
+        self._opened = time.monotonic()
+        self.event("trouble", reason=str(trouble), cause=trouble.kind)
+
+    def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows that were not told before their teller was lost; those that are known already are left out."""
+        for row in rows:
+            newest = self._rows[-1] if self._rows else {"generation": 0, "step": 0}
+            if (row["generation"], row["step"]) > (newest["generation"], newest["step"]):
+                self._enter(row)
+
     def cleared(self, *, seconds: float, stuck: Sequence[int]) -> None:
         """Everybody is out of the old generation."""
         if self._open is not None:
@@ -176,6 +194,9 @@ class Journal:
 
     def summary(self, status: str, *, reason: str, closing: Mapping[str, Any], exit_code: int) -> dict[str, Any]:
         """Write the last word of the run, and return it."""
+        if self._open is not None and status == "finished":  # it happened after the last step: there is no new one to wait for
+            self._open.total_s = self._open.total_s or time.monotonic() - self._opened + self._open.detect_s
+            self._close_incident("recovered")
         self._close_incident()
         wall = max(time.time() - self._began, 1e-9)
         last = self._rows[-1] if self._rows else None
@@ -208,7 +229,18 @@ class Journal:
     # private
 
     def _row(self, row: Mapping[str, Any], plan: Plan) -> None:
-        now = time.monotonic()
+        self._enter(row)
+        self._last_step_at = time.monotonic()
+        if plan.generation in self._stepped:  # the first step of a generation compiles and connects
+            self._step_times.append(float(row["step_time_s"]))
+        elif self._open is not None:
+            self._recovered(float(row["step_time_s"]))
+        self._started(float(row["step_time_s"]))
+        self._stepped.add(plan.generation)
+        self._conclude(plan)
+
+    def _enter(self, row: Mapping[str, Any]) -> None:
+        """Write a row down and show it. Of a step that is done again, the last row counts."""
         row = {**row, "tolerance": self.tolerance}
         if (age_s := self.checkpoint_age_s()) is not None:
             row["checkpoint_age_s"] = age_s
@@ -217,14 +249,6 @@ class Journal:
         while self._rows and self._rows[-1]["step"] >= row["step"]:
             self._rows.pop()
         self._rows.append(dict(row))
-        self._last_step_at = now
-        if plan.generation in self._stepped:  # the first step of a generation compiles and connects
-            self._step_times.append(float(row["step_time_s"]))
-        elif self._open is not None:
-            self._recovered(float(row["step_time_s"]))
-        self._started(float(row["step_time_s"]))
-        self._stepped.add(plan.generation)
-        self._conclude(plan)
         self._tell({"row": dict(row)})
 
     def _mark(self, part: str) -> None:
@@ -269,7 +293,8 @@ class Journal:
         """The incident is over when a new step was taken and every rank has told how it got its state."""
         if self._open is None or not self._open.total_s or len(self._recoveries) < plan.layout.world:
             return
-        self._close_incident("resized" if self._open.layout_before != self._open.layout_after else "recovered")
+        changed = self._open.layout_before not in ("", self._open.layout_after)
+        self._close_incident("resized" if changed else "recovered")
 
     def _close_incident(self, kind: str = "trouble") -> None:
         incident, self._open = self._open, None
@@ -282,7 +307,7 @@ class Journal:
 
     def _counted_s(self) -> float:
         """Seconds of the steps that counted."""
-        return sum(float(row["step_time_s"]) for row in self._rows if row["generation"] >= self._first_generation)
+        return sum(float(row["step_time_s"]) for row in self._rows)
 
     def _tell(self, item: dict[str, Any]) -> None:
         with self._lock:

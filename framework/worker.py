@@ -53,6 +53,7 @@ from parallel.mesh import Mesh
 
 LEASE_S = 45.0  # longer than a controller takes to be started again
 MAX_SAID = 10_000
+MAX_ROWS = 1_000  # rows that every rank keeps of its generation: whoever lives can tell what the crew had done
 COLLECTIVE_WORDS = (
     "gloo", "NCCL", "Socket", "ProcessGroup", "Connection closed", "Connection reset", "Connection refused", "Broken pipe",
     "Timed out", "timed out", "DistBackendError", "DistNetworkError", "DistStoreError",
@@ -72,14 +73,15 @@ class Worker:
         self._stores: dict[tuple[str, int], Store] = {}
         self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=MAX_SAID)
         self._number = 0
+        self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_ROWS)
         self._generation = 0
+        self._over = 0  # this generation and all before it have been ended from outside
         self._stop_asked = 0
         self._mesh: Mesh | None = None
         self._recording: Recording | None = None
         self._standing = ""
         self._trainer: Trainer | None = None
         self._phase = "idle"
-        self._aborted = threading.Event()
         self._done = threading.Event()
         self._done.set()
         self._heard = time.monotonic()
@@ -100,11 +102,16 @@ class Worker:
         progress = trainer.progress if trainer is not None else (0, self._phase)
         return {"generation": self._generation, "progress": progress, "said": list(self._said), "leaving": self._notice.came}
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The steps of the present generation, or the last one, as this rank knows them: all ranks know the same."""
+        return list(self._rows)
+
     def request_stop(self, generation: int) -> None:
-        """End at the next step boundary, with all ranks."""
-        self._stop_asked = generation
-        if generation == self._generation and self._trainer is not None:
-            self._trainer.request_stop()
+        """End at the next step boundary, with all ranks; the first one, if the generation does not step yet."""
+        self._stop_asked = max(self._stop_asked, generation)
+        trainer = self._trainer
+        if generation == self._generation and trainer is not None:
+            trainer.request_stop()
 
     def request_test(self, generation: int) -> None:
         """Have all ranks measure each other at the next step boundary."""
@@ -112,14 +119,14 @@ class Worker:
             self._trainer.request_test()
 
     def abort(self, generation: int) -> None:
-        """Throw this rank out of whatever it waits in. Later calls of the same generation do nothing more."""
-        if generation != self._generation:
-            return
-        self._aborted.set()
-        if self._mesh is not None:
-            self._mesh.sever()
-        if self._recording is not None:
-            self._recording.abort()
+        """Throw this rank out of whatever it waits in; a generation that has not begun here is not begun any more."""
+        self._over = max(self._over, generation)
+        mesh, recording = self._mesh, self._recording
+        if generation >= self._generation:
+            if mesh is not None:
+                mesh.sever()
+            if recording is not None:
+                recording.abort()
 
     def vitals(self) -> dict[str, float]:
         """The memory of this process, in bytes."""
@@ -130,8 +137,7 @@ class Worker:
 
     def leave(self) -> bool:
         """End whatever generation runs: at a step boundary if the crew still steps, by force if not. Blocks."""
-        if self._trainer is not None:
-            self._trainer.request_stop()
+        self.request_stop(self._generation)
         if not self._done.wait(30.0):
             self.abort(self._generation)
         return self._done.wait(15.0)
@@ -160,7 +166,7 @@ class Worker:
         self._generation, self._phase = plan.generation, "connect"
         self._said.clear()
         self._number = 0
-        self._aborted.clear()
+        self._rows.clear()
         self._done.clear()
         self._heard = time.monotonic()
         _redirect(Path(self._config.run_dir) / "logs" / log_name(plan.generation, order["rank"], self._name))
@@ -183,8 +189,12 @@ class Worker:
             self._phase, self._trainer = "idle", None
             self._done.set()
 
+    @property
+    def _ended(self) -> bool:
+        return self._over >= self._generation
+
     def _how(self, error: Exception) -> str:
-        if self._aborted.is_set():
+        if self._ended:
             return "aborted"
         return "collective" if _is_collective(error) else "error"
 
@@ -198,7 +208,10 @@ class Worker:
             generation=plan.generation,
             device=self._device,
             timeout_s=self._config.detect.first_step_timeout_s,
+            given_up=lambda: self._ended,
         )
+        if self._ended:
+            mesh.sever()  # it was asked for while there was nothing to sever
         engine: Engine | None = None
         staging: Staging | None = None
         try:
@@ -266,16 +279,14 @@ class Worker:
             sum_over_ranks=mesh.sum,
             num_ranks=layout.world,
             settings=self._settings(feed.held_out_tokens, mfu=self._mfu(plan) if reporter else None),
-            emit=(lambda item: self._say(item | {"generation": plan.generation, "layout": str(layout)}))
-            if reporter
-            else (lambda item: None),
+            emit=lambda item: self._emit(item | {"generation": plan.generation, "layout": str(layout)}, reporter=reporter),
             record=recording,
             reseed=lambda step: seed_streams(config.seed, step, mesh.seat[:2]),
             pair_test=lambda: pair_test(mesh.device),
             integrity=self._integrity(engine, mesh, start),
             rank=mesh.rank,
         )
-        if self._stop_asked == plan.generation:
+        if self._stop_asked >= plan.generation:
             trainer.request_stop()  # asked while this rank was still restoring
         try:
             outcome = trainer.run(start)
@@ -343,6 +354,13 @@ class Worker:
         if address not in self._stores:
             self._stores[address] = TCPStore(*address, None, False, timeout=timedelta(seconds=60))
         return self._stores[address]
+
+    def _emit(self, item: dict[str, Any], *, reporter: bool) -> None:
+        """Every rank keeps the rows, one tells them: if it is lost before it has, another can."""
+        if "event" not in item:
+            self._rows.append(item)
+        if reporter:
+            self._say(item)
 
     def _say(self, item: dict[str, Any]) -> None:
         self._number += 1

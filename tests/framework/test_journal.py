@@ -1,0 +1,69 @@
+"""The journal keeps every step that was taken, also those that nobody had told it of when their teller was lost."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from framework import run_dir
+from framework.config import decode
+from framework.incident import Trouble
+from framework.journal import Journal
+from framework.telemetry_prometheus import Gauge
+from launch.compose import compose
+
+
+def journal(directory: Path) -> Journal:
+    values = compose(["model=tiny", "data=synthetic", "monitor=quiet", f"run_dir={directory}"])
+    return Journal(decode(values | {"run_dir": str(directory)}), "run", gauge=no_gauge)
+
+
+def no_gauge() -> Gauge:
+    raise AssertionError("monitor=quiet has no Prometheus")
+
+
+def row(step: int, generation: int) -> dict[str, Any]:
+    return {
+        "step": step, "loss": 1.0 / step, "samples": [4 * step - 4, 4 * step - 1], "step_time_s": 0.1, "generation": generation,
+        "layout": "1x1x1",
+    }  # fmt: skip
+
+
+def test_rows_that_were_not_told_are_taken_over_from_whoever_kept_them(tmp_path: Path) -> None:
+    """Two nodes and the controller died together: the next controller found a snapshot of step 6, and rows up to 5 only, so
+    the samples of step 6 were missing in the ledger although they had been trained on.
+    """
+    first = journal(tmp_path)
+    first.adopt([row(step, 1) for step in (1, 2, 3, 4)])
+    first.close()
+    second = journal(tmp_path)
+    assert second.reached == 4
+    for _ in range(2):  # every rank that lives tells the same
+        second.adopt([row(step, 1) for step in (2, 3, 4, 5, 6)])
+    assert second.reached == 6
+    assert [r["step"] for r in run_dir.metric_rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    second.close()
+
+
+def test_of_a_step_that_was_done_again_the_newer_generation_counts(tmp_path: Path) -> None:
+    written = journal(tmp_path)
+    written.adopt([row(step, 1) for step in (1, 2, 3, 4)])
+    written.adopt([row(3, 2), row(4, 2)])
+    written.adopt([row(step, 1) for step in (3, 4, 5)])  # a rank of the old crew that was asked late
+    assert written.reached == 4
+    assert [(r["step"], r["generation"]) for r in run_dir.metrics(tmp_path)] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    written.close()
+
+
+def test_the_loss_of_the_controller_is_an_incident_that_counts_from_its_last_word(tmp_path: Path) -> None:
+    first = journal(tmp_path)
+    first.adopt([row(1, 1)])
+    first.close()
+    time.sleep(0.3)
+    second = journal(tmp_path)
+    second.inherited(Trouble("controller", (), (), "lost", 1, time.time(), silent_s=second.silent_s))
+    second.close()
+    [event] = [e for e in run_dir.events(tmp_path) if "incident" in e]
+    assert event["incident"]["kind"] == "controller"
+    assert 0.3 <= event["incident"]["detect_s"] < 5.0
