@@ -55,6 +55,7 @@ POLL_S = 0.05
 ACCEPT_S = 0.5
 ANSWER_S = 2.0  # of a machine's kernel, one lost packet included
 ID_CHARS = 12
+PIN = 0.001  # of the resource that every node has one of, and that bears its address
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
 
@@ -223,9 +224,10 @@ class Cluster:
         It lives on the driver's node: the run directory may be on a disk of that machine, and a run then depends on no other.
         """
         here = ray.get_runtime_context().get_node_id()
-        node = next((node.name for node in self.nodes() if node.ray_id == here), "")
+        node, ip = next(((node.name, node.ip) for node in self.nodes() if node.ray_id == here), ("", ""))
         where = NodeAffinitySchedulingStrategy(here, soft=True)
-        return self._start("controller", node, factory, payload, log, where, num_cpus=0, restarts=-1)
+        pin = {f"node:{ip}": PIN} if ip else {}  # the soft wish alone is forgotten by a raylet that has just started
+        return self._start("controller", node, factory, payload, log, where, num_cpus=0, restarts=-1, resources=pin)
 
     def find_controller(self, timeout_s: float = 0.0) -> Remote | None:
         """The run's controller, or None if there is none within the time."""
@@ -288,6 +290,7 @@ class Cluster:
         num_cpus: float,
         num_gpus: float = 0,
         restarts: int = 0,
+        resources: Mapping[str, float] | None = None,
     ) -> Remote:
         options: dict[str, Any] = {
             "name": f"{name}~{secrets.token_hex(3)}",  # a dead actor's name may not be free yet
@@ -296,6 +299,7 @@ class Cluster:
             "max_restarts": restarts,
             "num_cpus": num_cpus,
             "num_gpus": num_gpus,
+            "resources": dict(resources or {}),
             "scheduling_strategy": where,
         }
         address = ""

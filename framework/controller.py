@@ -17,15 +17,18 @@ Rule of this file: it acts on decisions of `plan.py` and `watch.py`; the bytes a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fault_tolerance.catalogue import Snapshot
 from fault_tolerance.verdict import Kind, Verdict
 from framework import run_dir
-from framework.cluster import CallError, Cluster
+from framework.cluster import CallError, Cluster, wait_all
 from framework.config import decode
 from framework.crew import Crew, muster
 from framework.doctor import examine, words
@@ -53,6 +56,7 @@ LOOK_S = 0.2  # at most: a rank that ends is seen at once
 ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
 STOP_S = 60.0
 CLOSE_OUT_S = 600.0
+ROWS_S = 3.0
 GROW_LOOK_S = 0.5  # how often it is asked whether growing would pay
 MAX_FAILURES = 3  # at the same step, without one step of progress between
 
@@ -109,18 +113,31 @@ class Controller:
         return self._summary
 
     def _whole_run(self) -> dict[str, Any]:
-        trouble = self._inherit()
         try:
+            trouble = self._inherit()
             if trouble is None and self._config.cluster.preflight:
                 self._preflight()
             while True:
                 trouble = self._generation(trouble)
-                if trouble is None:
-                    return self._end("finished" if not self._stop.is_set() else "interrupted")
+                if trouble is not None:
+                    continue
+                done = self._journal.reached >= self._config.optim.num_steps
+                status = "finished" if done or not self._stop.is_set() else "interrupted"
+                closing = self._close_out(status)
+                if not isinstance(closing, Trouble):
+                    return self._end(status, closing=closing)
+                trouble = self._count(closing)
         except Stopped:
             return self._end("interrupted")
+        except Unfit as refusal:
+            return self._end("unfit", reason=str(refusal))
         except Refused as refusal:
-            return self._end(_status(refusal), reason=str(refusal))
+            return self._end("no_progress" if isinstance(refusal, NoProgress) else "failed", reason=self._last_word(refusal))
+        except (ClusterError, CallError) as error:
+            return self._end("failed", reason=self._last_word(error))
+        except Exception as error:  # a fault of ours: the run must not end without a word all the same
+            traceback.print_exc()
+            return self._end("failed", reason=f"a fault of holdfast, see logs/controller.log: {type(error).__name__}: {error}")
         finally:
             self._pool.close()
             self._journal.close()
@@ -129,15 +146,17 @@ class Controller:
 
     def _generation(self, trouble: Trouble | None) -> Trouble | None:
         """One turn of the loop. Returns the trouble that ended it, or None when there is no more to do."""
+        if self._stop.is_set() and self._journal.reached == 0:
+            return None
         began = time.monotonic()
         plan = self._decide(trouble)
         self._journal.planned(plan, seconds=time.monotonic() - began, limits=self._memory.limits(plan))
         try:
             crew = self._muster(plan)
-        except PoolError as error:
-            if error.complaint:
+        except (PoolError, ClusterError) as error:
+            if isinstance(error, PoolError) and error.complaint:
                 raise Unfit(error.complaint) from error
-            return self._count(Trouble("crash", (), (), str(error), plan.source.step, time.time()))
+            return self._count(self._unmustered(plan, error))
         self._response = self._respond(crew)
         try:
             ended = self._watch(crew)
@@ -147,7 +166,8 @@ class Controller:
         if ended is None or (self._stop.is_set() and crew.finished):
             return None
         self._clear(crew, ended)
-        if any(view.how == "restore_failed" for view in crew.ended().values()) and not self._memory.holders_gone():
+        unreadable = any(view.how == "restore_failed" for view in crew.ended().values())
+        if unreadable and ended.kind != "node_loss" and not self._memory.holders_gone():  # else the holders went, not the bytes
             self._reject(plan)
             return ended  # not counted: what failed is not tried again
         return self._count(ended)
@@ -174,14 +194,30 @@ class Controller:
         """Stop, at a step boundary, the crew that an earlier life of this controller left at work."""
         if not self._pool.workers:
             return None
-        self._journal.event("trouble", reason="the controller was started again", cause="controller")
-        calls = {name: remote.call("leave") for name, remote in self._pool.workers.items()}
+        trouble = Trouble(
+            "controller", (), (), "the controller was lost, and started again", self._journal.reached, time.time(),
+            silent_s=self._journal.silent_s,
+        )  # fmt: skip
+        self._journal.inherited(trouble)
+        began = time.monotonic()
+        self._pool.weed()
+        calls = {name: remote.call("leave") for name, remote in self._pool.started().items()}
         deadline = time.monotonic() + STOP_S
         for name, call in calls.items():
             if not call.wait(max(0.0, deadline - time.monotonic())):
-                self._pool.workers[name].kill()
                 self._pool.forget(name)
-        return Trouble("controller", (), (), "the controller was lost", self._journal.reached, time.time())
+        self._adopt()
+        self._journal.cleared(seconds=time.monotonic() - began, stuck=())
+        return trouble
+
+    def _adopt(self) -> None:
+        """Take over from whoever lives the steps that were taken and not told before the teller, or this controller, was lost."""
+        calls = [remote.call("rows") for remote in self._pool.started().values()]
+        wait_all(calls, ROWS_S)
+        for call in calls:
+            if call.done():
+                with contextlib.suppress(CallError):
+                    self._journal.adopt(call.result(0))
 
     def _places(self) -> tuple[Place, ...]:
         """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine."""
@@ -296,6 +332,15 @@ class Controller:
         for place in self._places():
             if place.node not in plan.nodes:
                 self._pool.start([f"{place.node}.{slot}" for slot in range(place.slots)])
+
+    def _unmustered(self, plan: Plan, error: Exception) -> Trouble:
+        """Why a crew could not be called together; whoever is gone is off the books afterwards."""
+        gone = tuple(node for node in plan.nodes if not self._cluster.confirm(node))
+        ranks = tuple(rank for node in gone for rank in plan.ranks_on(node))
+        trouble = Trouble("node_loss" if gone else "crash", ranks, gone, str(error), plan.source.step, time.time())
+        self._journal.trouble(trouble, plan)
+        self._bury(gone)
+        return trouble
 
     # watch
 
@@ -486,14 +531,19 @@ class Controller:
         for rank, view in enumerate(crew.ranks):
             if (view.ended is not None and view.ended.how == "died") or rank in stuck:
                 self._pool.forget(crew.plan.seats[rank].worker)
-        for node in dead:
-            self._pool.forget(node=node)
-            self._tell(self._members.lost(node, time.time()))
+        self._bury(dead)
         for node in self._memory.lost:
             self._pool.forget_agent(node)
+        self._adopt()
         if trouble.kind == "preemption":
             self._pool.end_workers([crew.plan.seats[rank].worker for rank in trouble.ranks])
         self._journal.cleared(seconds=time.monotonic() - began, stuck=stuck)
+
+    def _bury(self, nodes: Iterable[str]) -> None:
+        """Take machines that are gone off the books, and note how often that has happened to each."""
+        for node in nodes:
+            self._pool.forget(node=node)
+            self._tell(self._members.lost(node, time.time()))
 
     def _remedy(self, trouble: Trouble, crew: Crew) -> None:
         """Carry out what was decided about somebody slow, now that the crew has ended."""
@@ -512,8 +562,11 @@ class Controller:
             self._durable.reject(plan.source.path)
 
     def _count(self, trouble: Trouble) -> Trouble:
-        """Count failures of the same step. Raises NoProgress when there are too many."""
-        if trouble.planned:
+        """Count failures of the same step. Raises NoProgress when there are too many.
+
+        Losses of machines and of the controller do not count: they end by themselves, and say nothing about the step.
+        """
+        if trouble.planned or trouble.kind == "node_loss":
             return trouble
         step = self._journal.reached
         self._failures[step] = self._failures.get(step, 0) + 1
@@ -521,14 +574,23 @@ class Controller:
             raise NoProgress(f"step {step + 1} failed {self._failures[step]} times in a row; the last time: {trouble}")
         return trouble
 
-    def _end(self, status: str, reason: str = "") -> dict[str, Any]:
-        """Write the last word: what the run came to, or what is lost and how to go on."""
-        closing = self._close_out(status) if status in ("finished", "interrupted") else {}
-        exit_code = {"finished": 0, "unfit": 2, "interrupted": 130, "no_progress": 4}.get(status, 3)
-        return self._journal.summary(status, reason=reason, closing=closing, exit_code=exit_code)
+    def _last_word(self, error: Exception) -> str:
+        """Why it cannot go on, what still exists, and how to go on from that."""
+        kept = self._durable.newest()
+        if kept is None:
+            return f"{error}; no checkpoint exists"
+        return f"{error}; a checkpoint of step {kept.step} exists: go on with resume={kept.path}"
 
-    def _close_out(self, status: str) -> dict[str, Any]:
-        """Save the last state if that is wished, and have a worker read it once more, whole."""
+    def _end(self, status: str, reason: str = "", closing: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write the last word: what the run came to, or what is lost and how to go on."""
+        exit_code = {"finished": 0, "unfit": 2, "interrupted": 130, "no_progress": 4}.get(status, 3)
+        return self._journal.summary(status, reason=reason, closing=closing or {}, exit_code=exit_code)
+
+    def _close_out(self, status: str) -> dict[str, Any] | Trouble:
+        """Save the last state if that is wished, and have a worker read it once more, whole.
+
+        Returns the trouble instead, if a machine was lost meanwhile: the state is then taken over once more.
+        """
         plan = self._journal.plan
         self._memory.look(self._pool.agents)
         snapshot = self._memory.snapshot
@@ -541,12 +603,37 @@ class Controller:
             self._durable.begin(plan, snapshot.step, self._pool.agents, self._specs)
             self._durable.finish()
             self._keep(plan)
-        call = self._pool.workers[plan.seats[0].worker].call("close_out", snapshot.to_json(), status == "finished")
-        try:
-            return dict(call.result(CLOSE_OUT_S))
-        except (CallError, TimeoutError) as error:
-            self._journal.event("trouble", reason=f"the last state could not be read: {error}", cause="close_out")
-            return {}
+        closing = self._read_once_more(plan, snapshot, finished=status == "finished")
+        gone = [node for node in plan.nodes if not self._cluster.confirm(node)]
+        if not gone and not self._memory.lost:
+            return closing
+        trouble = Trouble(
+            "node_loss" if gone else "crash",
+            tuple(rank for node in gone for rank in plan.ranks_on(node)),
+            tuple(gone or sorted(self._memory.lost)),
+            "lost while the last state was saved",
+            self._journal.reached,
+            time.time(),
+        )
+        self._journal.trouble(trouble, plan)
+        self._bury(gone)
+        for node in self._memory.lost:
+            self._pool.forget_agent(node)
+        return trouble
+
+    def _read_once_more(self, plan: Plan, snapshot: Snapshot, *, finished: bool) -> dict[str, Any]:
+        """By whichever worker can."""
+        reason = "no worker is left"
+        for seat in plan.seats:
+            remote = self._pool.workers.get(seat.worker)
+            if remote is None or not self._cluster.confirm(seat.node):
+                continue
+            try:
+                return dict(remote.call("close_out", snapshot.to_json(), finished).result(CLOSE_OUT_S))
+            except (CallError, TimeoutError) as error:
+                reason = str(error)
+        self._journal.event("trouble", reason=f"the last state could not be read: {reason}", cause="close_out")
+        return {}
 
 
 class NoProgress(Refused):
@@ -559,7 +646,3 @@ class Unfit(Refused):
 
 class Stopped(Exception):  # noqa: N818  (an event, not a mistake)
     """The run was ended before it had begun to train."""
-
-
-def _status(refusal: Refused) -> str:
-    return {NoProgress: "no_progress", Unfit: "unfit"}.get(type(refusal), "failed")

@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from framework.cluster import Call, CallError, Remote, WorkerDied, WorkerUnavailable, tail, wait_any
+from framework.cluster import Call, CallError, Remote, WorkerDied, WorkerUnavailable, tail, wait_all, wait_any
 from framework.nodes import Exit
 from framework.plan import Plan
 from framework.watch import Ended
+
+LAST_WORDS_S = 2.0
 
 
 @dataclass(slots=True)
@@ -81,12 +83,11 @@ class Crew:
             time.sleep(timeout_s)
 
     def last_words(self) -> list[dict[str, Any]]:
-        """The rows that were still to come from ranks whose call has ended; waits a moment for each."""
-        said: list[dict[str, Any]] = []
-        for view in self.ranks:
-            if view.ended is None or view.ended.how != "died":
-                said += self._hear(view, view.remote.call("poll", view.acked), wait_s=2.0)
-        return said
+        """What was still to come from ranks whose call has ended; waits a moment for all of them together."""
+        open_views = [view for view in self.ranks if view.ended is None or view.ended.how != "died"]
+        calls = {view.remote.call("poll", view.acked): view for view in open_views}
+        answered, _ = wait_all(list(calls), LAST_WORDS_S)
+        return [item for call in answered for item in self._hear(calls[call], call)]
 
     @property
     def slow_answer_s(self) -> float:
@@ -94,8 +95,8 @@ class Crew:
         return max(self.answers_s, default=0.0)
 
     def silent_s(self, now: float) -> dict[int, float]:
-        """Seconds since each rank that has not ended was last heard."""
-        return {r: now - view.heard for r, view in enumerate(self.ranks) if view.ended is None}
+        """Seconds since each rank was last heard that has not come to an end of its own."""
+        return {r: now - v.heard for r, v in enumerate(self.ranks) if v.ended is None or v.ended.how == "died"}
 
     def progress(self) -> dict[int, tuple[int, str]]:
         """(step, phase) of each rank that still runs."""
@@ -120,14 +121,19 @@ class Crew:
         self.ranks[0].remote.call("request_test", self.plan.generation)
 
     def abort(self, *, deadline_s: float, dead_nodes: frozenset[str]) -> tuple[int, ...]:
-        """Throw everybody out of the collectives. Returns the ranks that had to be killed for it."""
+        """Throw everybody out of the collectives. Returns the ranks that had to be killed for it.
+
+        Those on dead nodes are neither asked nor waited for.
+        """
+        for rank, view in enumerate(self.ranks):
+            if view.ended is None and self.plan.seats[rank].node in dead_nodes:
+                view.ended = Ended("died", "its machine is gone", time.monotonic())
         open_views = [(r, v) for r, v in enumerate(self.ranks) if v.ended is None]
         for _, view in open_views:
             view.remote.call("abort", self.plan.generation)
         deadline = time.monotonic() + deadline_s
         for rank, view in open_views:
-            lost = self.plan.seats[rank].node in dead_nodes
-            if not lost and view.run.wait(max(0.0, deadline - time.monotonic())):
+            if view.run.wait(max(0.0, deadline - time.monotonic())):
                 self._close(rank, view)
         stuck = [r for r, v in open_views if v.ended is None]
         for rank in stuck:

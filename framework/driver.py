@@ -60,14 +60,19 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
             shown.event(_notice(f"cluster up after {startup.total_s:.1f} s; run directory {config.run_dir}"))
             for change in changed:
                 shown.event(_notice(f"resumed with another {change}"))
-            controller = cluster.start_controller("framework.controller:Controller", {
-                "config": plain(config),
-                "run_id": run_id,
-                "secret": secrets.token_hex(16),
-                "startup": startup.plain(),
-            }, log=str(Path(config.run_dir).resolve() / "logs" / "controller.log"))  # fmt: skip
-            _await_constructor(controller, interrupts)
-            summary = _follow(cluster, controller, shown, interrupts)
+            if interrupts.count:
+                summary = {"status": "interrupted", "reason": "by a signal, before anything was trained"}
+            else:
+                payload = {
+                    "config": plain(config),
+                    "run_id": run_id,
+                    "secret": secrets.token_hex(16),
+                    "startup": startup.plain(),
+                }
+                log = str(Path(config.run_dir).resolve() / "logs" / "controller.log")
+                controller = cluster.start_controller("framework.controller:Controller", payload, log=log)
+                _await_constructor(controller, interrupts)
+                summary = _follow(cluster, controller, shown, interrupts)
     except ClusterError as error:
         raise ValueError(str(error)) from error
     finally:
@@ -181,7 +186,7 @@ def _follow(cluster: Cluster, controller: Remote, shown: Telemetry, interrupts: 
         except CallError as error:
             shown.event(_notice(f"controller lost: {error}"))
             controller, call = _again(cluster, error)
-            since = 0
+            since, asked = 0, False
 
 
 def _again(cluster: Cluster, error: Exception) -> tuple[Remote, Call]:

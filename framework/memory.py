@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from fault_tolerance.budget import budget, check
+from fault_tolerance.budget import VERSIONS, budget, check
 from fault_tolerance.catalogue import Catalogue, Snapshot, catalogue
 from fault_tolerance.placement import Group, limits, plan_groups
 from fault_tolerance.slab import slab_of
@@ -39,6 +39,8 @@ from parallel.layout import Layout
 ASK_S = 5.0
 TRIES = 2
 SILENT_S = 20.0  # a vault that says nothing for so long is given up; one whose process ended is known at once
+OPEN_S = 20.0
+PREFAULT_BYTES_S = 100e6  # memory that is touched for the first time, on a machine that does much else
 
 
 class Memory:
@@ -90,10 +92,6 @@ class Memory:
                 break
         self.generation = max([self.generation, *(int(i["generation"]) for i in found.values())])
 
-    def fence(self, generation: int) -> None:
-        """Nobody of an older generation may write any more."""
-        self._all(lambda client: client.fence(generation))
-
     def reject_newest(self) -> None:
         """The snapshot that was chosen failed its proof: it is never tried again."""
         if self.snapshot is not None:
@@ -123,6 +121,8 @@ class Memory:
         Raises PoolError if a vault cannot take it up.
         """
         self._connect(agents)
+        if absent := sorted(set(plan.nodes) - set(self._clients)):
+            raise PoolError(f"agents of {', '.join(absent)} do not answer")
         base = self.snapshot if plan.source.tier == "memory" else None
         rate = self._keeping.max_rate_mb_s
         snapshots = SnapshotPlan(
@@ -143,6 +143,8 @@ class Memory:
         if refused:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in sorted(refused.items()))
             raise PoolError(f"vaults did not take up generation {plan.generation}: {reasons}")
+        others = tuple(node for node in self._clients if node not in plan.nodes)
+        self._all(lambda client: client.fence(plan.generation), only=others)
         self._log, self.lost, self.leaving = SnapshotLog(snapshots, base), frozenset(), frozenset()
         return {"snapshots": snapshots.to_json(), "restore": None if base is None else base.to_json()}
 
@@ -246,7 +248,7 @@ def _opened(client: VaultClient, plan: SnapshotPlan) -> str:
     reason = ""
     for _ in range(TRIES):
         try:
-            client.open(plan)
+            client.open(plan, timeout_s=_open_s(plan))
             return ""
         except Refused as error:
             return str(error)
@@ -260,3 +262,9 @@ def _answer(ask: Callable[[VaultClient], Any], client: VaultClient) -> Any:
         with contextlib.suppress(WireError, Refused):
             return ask(client)
     return None
+
+
+def _open_s(plan: SnapshotPlan) -> float:
+    """How long a vault may take to make room. Without a bound, one that was stopped at this moment would hold all up."""
+    needed = [VERSIONS * (plan.node_bytes(n) + plan.group_of(n).m * plan.block_bytes(n)) for n in plan.nodes]
+    return OPEN_S + max(needed, default=0) / PREFAULT_BYTES_S

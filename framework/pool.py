@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, tail, wait_any
+from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, tail, wait_all, wait_any
 from framework.nodes import Node, complaint
+
+LOOK_S = 1.0  # how often those who wait for a process ask whether its machine still lives
+ALIVE_S = 10.0  # an idle process that says nothing for so long is of no use, stopped or swapped out
 
 
 class PoolError(RuntimeError):
@@ -38,6 +41,9 @@ class Pool:
         self.workers: dict[str, Remote] = cluster.workers()
         self._identity: dict[str, Any] = cluster.call_context()
         self._starting: dict[str, Call] = {}
+        for kind, found in (("agent", self.agents), ("worker", self.workers)):
+            late = {name: remote for name, remote in found.items() if remote.facts().get("State") != "ALIVE"}
+            self._starting |= {f"{kind} {name}": remote.ready() for name, remote in late.items()}
 
     def start(self, seats: Sequence[str]) -> None:
         """Start what is missing for these seats (`<node>.<slot>`): workers, and the agents of their nodes. Does not wait.
@@ -50,7 +56,7 @@ class Pool:
                 self._start(seat, hosts)
 
     def _start(self, seat: str, hosts: Mapping[str, str]) -> None:
-        node = seat.rpartition(".")[0]
+        node = _node(seat)
         if node not in self.agents and node in hosts:
             payload = {**self._agent_payload, "node": node, "host": hosts[node]}
             self.agents[node] = self._cluster.start_vault(node, "framework.agent:Agent", payload, log=self._log("agent", node))
@@ -63,75 +69,110 @@ class Pool:
             self._starting[f"worker {seat}"] = self.workers[seat].ready()
 
     def ensure(self, seats: Sequence[str], *, timeout_s: float) -> dict[str, float]:
-        """Have a live agent on every node and a live worker in every seat.
+        """Have a live agent on every node and a live worker in every seat; those that are there already are asked.
 
         Returns how long each new one took, in seconds. Raises PoolError, naming who is missing and the last lines
-        of its log.
+        of its log; what did not come up is ended, so that the next try begins afresh.
         """
         began = time.monotonic()
+        wanted = self._names(seats)
+        self.weed(wanted)
         self.start(seats)
-        if missing := [seat for seat in seats if seat not in self.workers or seat.rpartition(".")[0] not in self.agents]:
+        lacking = self._names(seats) - self._known()
+        if missing := [seat for seat in seats if f"worker {seat}" in lacking or f"agent {_node(seat)}" in lacking]:
             raise PoolError(f"cluster: nodes of {', '.join(missing)} must be alive, they died while their workers were started")
-        wanted = {f"worker {seat}" for seat in seats} | {f"agent {seat.rpartition('.')[0]}" for seat in seats}
         took: dict[str, float] = {}
         while waiting := {call: who for who, call in self._starting.items() if who in wanted}:
-            done, _ = wait_any(list(waiting), max(0.0, timeout_s - (time.monotonic() - began)))
-            if not done:
-                names = ", ".join(sorted(waiting.values()))
-                raise PoolError(f"cluster.start_timeout_s: {names} must start within {timeout_s:.0f} s, got no answer")
+            left = timeout_s - (time.monotonic() - began)
+            done, _ = wait_any(list(waiting), max(0.0, min(LOOK_S, left)))
             for call in done:
                 who = waiting[call]
                 del self._starting[who]
                 self._check(who, call)
                 took[who] = time.monotonic() - began
+            if not done:
+                self._require_progress(sorted(waiting.values()), timeout_s, late=left <= 0)
         return took
+
+    def weed(self, wanted: Iterable[str] | None = None) -> None:
+        """Forget, and end, those who do not answer although they have started: a dead spare, say, that nobody watched."""
+        wanted = self._known() if wanted is None else wanted
+        remotes = {f"worker {s}": r for s, r in self.workers.items()} | {f"agent {n}": r for n, r in self.agents.items()}
+        calls = {remotes[who].ready(): who for who in wanted if who in remotes and who not in self._starting}
+        done, silent = wait_all(list(calls), ALIVE_S)
+        for call in (*silent, *(call for call in done if not _answered(call))):
+            self._forget(calls[call])
+
+    def _require_progress(self, waiting: Sequence[str], timeout_s: float, *, late: bool) -> None:
+        """Raises PoolError if there is no use in waiting longer."""
+        gone = [who for who in waiting if not self._cluster.confirm(_node_of(who))]
+        if not late and not gone:
+            return
+        words = [f"{who}: {tail(self._log(*who.split(' ', 1)), 3)}".rstrip(": ") for who in gone or waiting]
+        for who in waiting if late else gone:
+            self._forget(who)
+        if gone:
+            raise PoolError(f"{', '.join(gone)} did not start: the machine does not answer")
+        raise PoolError(f"cluster.start_timeout_s: processes must start within {timeout_s:.0f} s, got no answer from {'; '.join(words)}")
 
     def is_ready(self, seats: Sequence[str]) -> bool:
         """Whether workers of these seats, and the agents of their nodes, have started."""
-        names = {f"worker {seat}" for seat in seats} | {f"agent {seat.rpartition('.')[0]}" for seat in seats}
-        known = {f"worker {seat}" for seat in self.workers} | {f"agent {node}" for node in self.agents}
-        if not names <= known:
+        names = self._names(seats)
+        if not names <= self._known():
             return False
         starting = {who: call for who, call in self._starting.items() if who in names}
         if not all(call.done() for call in starting.values()):
             return False
         for who, call in starting.items():
-            try:
-                call.result(0)
-            except CallError:  # it died before it was of use: whoever asks next finds it missing, and starts another
-                self._drop(who)
+            if not _answered(call):  # it died before it was of use: whoever asks next finds it missing, and starts another
+                self._forget(who)
                 return False
         return True
 
+    def started(self) -> dict[str, Remote]:
+        """The workers that have come up, by id."""
+        return {s: r for s, r in self.workers.items() if f"worker {s}" not in self._starting or self._starting[f"worker {s}"].done()}
+
     def forget(self, worker: str | None = None, *, node: str | None = None) -> None:
-        """A process is gone: a worker by its id, or all of a node."""
+        """A process is of no more use: a worker by its id, or all of a node. Should it still live, it is ended."""
         if worker is not None:
-            self.workers.pop(worker, None)
+            _end(self.workers.pop(worker, None), agent=self.agents.get(_node(worker)))
             self._starting.pop(f"worker {worker}", None)
         if node is not None:
-            for remote in self._on(node):
-                remote.kill()  # should the machine be there again, nothing of its former life is
-            self.forget_agent(node)
-            for seat in [s for s in self.workers if s.rpartition(".")[0] == node]:
+            for seat in [s for s in self.workers if _node(s) == node]:
                 self.forget(seat)
+            self.forget_agent(node)
 
     def forget_agent(self, node: str) -> None:
         """A node's agent is gone, its workers are not."""
-        self.agents.pop(node, None)
+        _end(self.agents.pop(node, None), agent=None)
         self._starting.pop(f"agent {node}", None)
+
+    def _forget(self, who: str) -> None:
+        kind, _, name = who.partition(" ")
+        if kind == "agent":
+            self.forget_agent(name)
+        else:
+            self.forget(name)
+
+    def _known(self) -> set[str]:
+        return {f"worker {seat}" for seat in self.workers} | {f"agent {node}" for node in self.agents}
+
+    @staticmethod
+    def _names(seats: Sequence[str]) -> set[str]:
+        return {f"worker {seat}" for seat in seats} | {f"agent {_node(seat)}" for seat in seats}
 
     def reap(self, nodes: Sequence[Node]) -> tuple[str, ...]:
         """Forget everything on nodes that are not alive. Returns their names."""
         alive = {n.name for n in nodes if n.alive}
-        known = {s.rpartition(".")[0] for s in self.workers} | set(self.agents)
+        known = {_node(seat) for seat in self.workers} | set(self.agents)
         for node in known - alive:
             self.forget(node=node)
         return tuple(sorted(known - alive))
 
     def end_workers(self, seats: Sequence[str]) -> None:
         """End workers that are asked to leave."""
-        for seat in [seat for seat in seats if seat in self.workers]:
-            self.workers[seat].kill()
+        for seat in seats:
             self.forget(seat)
 
     def end_node(self, node: str) -> None:
@@ -140,12 +181,9 @@ class Pool:
             self.agents[node].call("close").wait(1.0)
         self.forget(node=node)
 
-    def _on(self, node: str) -> list[Remote]:
-        return [r for s, r in self.workers.items() if s.rpartition(".")[0] == node] + [r for n, r in self.agents.items() if n == node]
-
     def warm(self, node: str) -> int:
         """How many workers live on a node."""
-        return sum(seat.rpartition(".")[0] == node for seat in self.workers)
+        return sum(_node(seat) == node for seat in self.workers)
 
     def close(self, *, grace_s: float = 3.0) -> None:
         """End all of them: workers first, then the agents with their vaults."""
@@ -158,13 +196,6 @@ class Pool:
                 remote.kill()
             group.clear()
 
-    def _drop(self, who: str) -> None:
-        kind, _, name = who.partition(" ")
-        if kind == "agent":
-            self.forget_agent(name)
-        else:
-            self.forget(name)
-
     def _log(self, kind: str, name: str) -> str:
         return f"{self._logs}/{kind}_{name}.log"
 
@@ -173,7 +204,7 @@ class Pool:
         try:
             identity = ready.result(0)
         except CallError as error:
-            self._drop(who)
+            self._forget(who)
             message = f"{who} did not start: {error}\n{tail(self._log(kind, name), 5)}".rstrip()
             raise PoolError(message, complaint=complaint(error)) from error
         for key in ("version", "digest"):
@@ -182,3 +213,33 @@ class Pool:
                     f"{who} runs another program: {key} must be {self._identity[key]}, got {identity[key]} in "
                     f"{identity['code_path']}; install the same holdfast on every node"
                 )
+
+
+def _end(remote: Remote | None, *, agent: Remote | None) -> None:
+    """End a process that may live on: a machine that was given up may wake up again, and a stopped process dies of a
+    signal from its own machine only. Neither may hold the place of its successor.
+    """
+    if remote is None:
+        return
+    facts = remote.facts()
+    if agent is not None and facts.get("Pid") and facts.get("State") != "DEAD":
+        agent.call("kill_pid", facts["Pid"])
+    remote.kill()
+
+
+def _node(seat: str) -> str:
+    """n3 of n3.1."""
+    return seat.rpartition(".")[0]
+
+
+def _node_of(who: str) -> str:
+    kind, _, name = who.partition(" ")
+    return name if kind == "agent" else _node(name)
+
+
+def _answered(call: Call) -> bool:
+    try:
+        call.result(0)
+    except (CallError, TimeoutError):
+        return False
+    return True

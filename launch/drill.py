@@ -91,8 +91,10 @@ def _train(directory: Path, words: Sequence[str], drill: Drill | None = None) ->
             try:
                 code = process.wait(LIMIT_S)
             except subprocess.TimeoutExpired:
-                process.kill()  # its cluster ends with it
+                process.kill()
                 code = process.wait()
+            finally:
+                process.kill()  # a drill that is interrupted leaves no run behind; its cluster ends with it
     return Ending(code, tuple(striker.hits), _left(striker.control))
 
 

@@ -168,6 +168,7 @@ def test_a_controller_finds_the_crew_again_after_it_was_killed(cluster: Cluster)
     controller = cluster.start_controller("hosted:Director", {"run_id": "test"})
     assert controller.call("ask", "n1.0", 2).result(START_S) == 42
     pid = controller.call("pid").result(10)
+    assert pid in Machines(str(cluster.control)).pids("head")  # it once lived on some node, and was lost with it
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(CallError):
         for _ in range(500):
