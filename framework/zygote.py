@@ -11,6 +11,7 @@ The folder `book` is the truth about who lives: `book/<node>/<pid>` exists while
 its wait status afterwards, which is how a death is told apart (signal, exit code, out of memory) where Ray only sees a closed socket.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -19,6 +20,7 @@ import runpy
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,22 @@ FIXED_AT_IMPORT = ("RAY_JOB_ID",)  # libraries read these once, when they are lo
 def launch(address: str, argv: list[str]) -> None:
     """What the raylet executes in place of a worker: hands its command, environment and output files to the zygote."""
     request = json.dumps({"argv": argv, "env": dict(os.environ), "cwd": str(Path.cwd())}).encode()
+    while not _forked(address, request):
+        time.sleep(0.1)  # a zygote that died is replaced; the raylet would wait for the worker, for minutes, all the same
+
+
+def _forked(address: str, request: bytes) -> bool:
+    """Whether the zygote has answered that the worker exists."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-        channel.connect(address)
-        socket.send_fds(channel, [len(request).to_bytes(8, "little")], [0, 1, 2])
-        channel.sendall(request)
-        channel.recv(1)  # the zygote answers when the worker exists
+        try:
+            channel.connect(address)
+            socket.send_fds(channel, [len(request).to_bytes(8, "little")], [0, 1, 2])
+            channel.sendall(request)
+            return channel.recv(1) == b"+"
+        except FileNotFoundError:
+            raise  # the cluster is gone
+        except OSError:
+            return False
 
 
 def serve(listener: socket.socket, *, book: Path, preload: list[str], after_fork: str) -> None:
@@ -58,20 +71,32 @@ def serve(listener: socket.socket, *, book: Path, preload: list[str], after_fork
     while True:
         try:
             channel, _ = listener.accept()
+        except ConnectionAbortedError:
+            continue  # its machine was killed while it asked
         except OSError:
             return
         with channel:
-            request, fds = _receive(channel)
+            try:
+                request, fds = _receive(channel)
+            except (OSError, ValueError):
+                continue  # the launcher was killed while it spoke
             if request is None:
                 continue
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError as error:  # out of memory or of processes for now: whoever asked asks again
+                print(f"zygote: no worker could be forked: {error}", file=sys.stderr, flush=True)
+                for fd in fds:
+                    os.close(fd)
+                continue
             if pid == 0:
                 listener.close()
                 channel.close()
                 _become_worker(request, fds, book, after_fork)
             for fd in fds:
                 os.close(fd)
-            channel.sendall(b"+")
+            with contextlib.suppress(OSError):  # its machine was killed meanwhile, and the launcher with it
+                channel.sendall(b"+")
 
 
 def count_oom_kills() -> int:
@@ -147,10 +172,11 @@ def _reap(book: Path) -> None:
             return
         if pid == 0:
             return
-        (book / "exits" / f"{pid}").write_text(f"{os.waitstatus_to_exitcode(status)} {count_oom_kills()}")
-        for page in book.glob(f"*/{pid}"):
-            if page.parent.name != "exits":
-                page.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk, or the cluster's folder is being removed: no reason to die of it
+            (book / "exits" / f"{pid}").write_text(f"{os.waitstatus_to_exitcode(status)} {count_oom_kills()}")
+            for page in book.glob(f"*/{pid}"):
+                if page.parent.name != "exits":
+                    page.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
