@@ -300,8 +300,7 @@ class Controller:
         if self._journal.reached == 0:
             return Source("fresh", 0)
         raise Refused(
-            f"state lost: step {self._journal.reached} was reached, and no snapshot decodes ({self._memory.reasons or 'none is left'}) "
-            "and there is no checkpoint; start again, with fault_tolerance.tolerate raised or fault_tolerance.durable.every_steps set"
+            f"state lost: step {self._journal.reached} was reached, and no snapshot decodes ({self._memory.reasons or 'none is left'})"
         )
 
     # muster
@@ -576,10 +575,27 @@ class Controller:
 
     def _last_word(self, error: Exception) -> str:
         """Why it cannot go on, what still exists, and how to go on from that."""
+        self._salvage()
         kept = self._durable.newest()
-        if kept is None:
-            return f"{error}; no checkpoint exists"
-        return f"{error}; a checkpoint of step {kept.step} exists: go on with resume={kept.path}"
+        if kept is not None:
+            return f"{error}; a checkpoint of step {kept.step} exists: go on with resume={kept.path}"
+        return (
+            f"{error}; no checkpoint exists: start again, with fault_tolerance.tolerate raised or "
+            "fault_tolerance.durable.every_steps set"
+        )
+
+    def _salvage(self) -> None:
+        """Save the newest snapshot that is whole, so that a run that cannot go on here can somewhere else."""
+        plan, kept = self._journal.plan, self._durable.newest()
+        self._memory.look(self._pool.agents)
+        snapshot = self._memory.snapshot
+        if plan is None or snapshot is None or snapshot.generation != plan.generation or snapshot.missing:
+            return
+        if snapshot.step > (kept.step if kept is not None else 0):
+            self._durable.finish()
+            self._durable.begin(plan, snapshot.step, self._pool.agents, self._specs)
+            self._durable.finish()
+            self._keep(plan)
 
     def _end(self, status: str, reason: str = "", closing: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write the last word: what the run came to, or what is lost and how to go on."""

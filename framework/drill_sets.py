@@ -239,11 +239,11 @@ DRILLS = (
     ),
     Drill(
         "stuck",
-        "the same step fails three times",
+        "the same step fails three times: it ends, and what was reached is saved",
         BASE,
         tuple(_fault(6, "raise", "forward", rank=2) for _ in range(3)),
         exit_code=4,
-        says=("step 6 failed 3 times in a row",),
+        says=("step 6 failed 3 times in a row", "a checkpoint of step 4 exists: go on with resume="),
     ),
 )
 
