@@ -17,7 +17,7 @@ from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, ta
 from framework.nodes import Node, complaint
 
 LOOK_S = 1.0  # how often those who wait for a process ask whether its machine still lives
-ALIVE_S = 10.0  # an idle process that says nothing for so long is of no use, stopped or swapped out
+ALIVE_S = 20.0  # an idle process that says nothing for so long is of no use, stopped or swapped out
 
 
 class PoolError(RuntimeError):
