@@ -259,4 +259,4 @@ def random_drill(seed: int, *, num_steps: int = 40) -> Drill:
     pp, dp, tp = random.Random(seed).choice(LAYOUTS)
     overrides = (*BASE, f"layout.pp={pp}", f"layout.dp={dp}", f"layout.tp={tp}", f"optim.num_steps={num_steps}")
     strikes = drawn(seed, num_steps=num_steps, nodes=4, slots=2, tolerate=2)
-    return Drill(f"random-{seed}", f"{pp}x{dp}x{tp}; {'; '.join(map(str, strikes))}", overrides, strikes=strikes, lost=ON_ITS_WAY)
+    return Drill(f"random-{seed}", f"{pp}x{dp}x{tp}; {'; '.join(map(str, strikes))}", overrides, strikes=strikes, lost=ON_ITS_WAY, loose=True)

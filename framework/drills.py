@@ -40,7 +40,7 @@ class Drill:
     `says`: words that its last word must have. A run that is interrupted is resumed, and the two together are judged.
     `kinds` are those of the incidents that must be the first, `news` what must be said of machines in this order, `lost`
     how many steps may be lost if that is not the interval of snapshots, `tier` where the state must
-    come from in one of the incidents.
+    come from in one of the incidents. `loose`: the last strikes may come too late, after the run's end.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Drill:
     lost: int | None = None
     tier: str = ""
     verdict: tuple[str, int] | None = None  # the cause and the rank that an event must name
+    loose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def ending(drill: Drill, run: str | Path, end: Ending) -> Iterator[Check]:
     missed = [str(hit.strike) for hit in end.hits if not hit.pids]
     met = f"{len(end.hits)} of {len(drill.strikes)} strikes" + (f", met nobody: {'; '.join(missed)}" if missed else "")
     if drill.strikes:
-        yield Check("struck", len(end.hits) == len(drill.strikes), met)
+        yield Check("struck", len(end.hits) == len(drill.strikes) or (drill.loose and bool(end.hits)), met)
     yield Check("clean", not end.left_behind, ", ".join(end.left_behind[:3]) or "no process and no file is left")
     yield from _times(run, summary, end.hits)
 
