@@ -52,6 +52,7 @@ from framework.watch import Limits, Sight, judge, notice
 from framework.weighing import Costs, Outlook
 from parallel.layout import Layout
 
+KEEP_S = 0.5
 LOOK_S = 0.2  # at most: a rank that ends is seen at once
 ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
 STOP_S = 60.0
@@ -347,9 +348,12 @@ class Controller:
         """Until the crew has ended, well or badly. Returns the trouble, or None if there is nothing left to train."""
         assert self._response is not None
         leaving: Trouble | None = None
+        kept = 0.0
         while True:
             self._journal.take(self._response.heard(crew.look()), crew.plan)
-            self._keep(crew.plan)
+            if crew.finished or time.monotonic() - kept >= KEEP_S:
+                kept = time.monotonic()
+                self._keep(crew.plan)
             if crew.finished:
                 self._journal.take(crew.last_words(), crew.plan)
                 if leaving is not None and leaving.kind == "preemption":  # meanwhile more of a node may have been told
