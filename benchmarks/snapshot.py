@@ -68,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--batch", type=int, default=2, help="sequences of each rank and step")
+    parser.add_argument("--seconds", type=float, default=400.0, help="no round begins after so long")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -104,7 +105,7 @@ def _preset(preset: str, options: argparse.Namespace) -> dict[str, Any]:
             vault.wait(10)
     state = sum(plan.node_bytes(node) for node in NODES)
     parts = {k: statistics.median(e[k] for e in seconds) for k in ("copy_s", "hash_s", "encode_s", "total_s")}
-    return {"machine": _machine(), "rounds": options.rounds, "state": state, "vaults": parts, "rows": rows,
+    return {"machine": _machine(), "rounds": 1 + max(row["round"] for row in rows), "state": state, "vaults": parts, "rows": rows,
             "tokens": 2 * options.batch * options.seq_len}  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def _job(plan: SnapshotPlan, secret: bytes, model: dict[str, Any], folder: str, 
     return {
         "plan": plan.to_json(), "secret": secret.hex(), "model": model, "folder": folder, "out": f"{folder}/rows.json",
         "rounds": options.rounds, "ways": options.ways, "blocks": blocks, "port": _port(),
-        "batch": options.batch, "seq_len": options.seq_len,
+        "batch": options.batch, "seq_len": options.seq_len, "seconds": options.seconds,
     }  # fmt: skip
 
 
