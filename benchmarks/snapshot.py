@@ -167,8 +167,8 @@ def cells(found: dict[str, Any], way: str, every: str) -> dict[str, float] | Non
         return None
     extra, lost = [], []
     for row in rows:
-        quiet = [t for r in found["rows"] if r["way"] == "none" and r["round"] == row["round"] for t in r["times"]]
-        base = statistics.median(quiet) * row["steps"]
+        quiet = [r for r in found["rows"] if r["way"] == "none" and r["round"] == row["round"]]
+        base = sum(r["seconds"] for r in quiet) / sum(r["steps"] for r in quiet) * row["steps"]
         extra.append((row["seconds"] - base) / max(1, row["number"]))
         lost.append(row["seconds"] / base - 1)
     return {
@@ -186,7 +186,10 @@ def _markdown(report: dict[str, Any]) -> str:
         "Two data-parallel ranks and two vaults on the same two cores, one thread each. Medians over interleaved rounds.",
         "stall: what one step waits for one snapshot, by the slowest rank. extra: how much longer training took, by snapshot,",
         "until all was written (ours: protected on both nodes). The others write into a tmpfs: no disk, no parity.",
-        "The noise of `extra` is the spread of the `none` rows.",
+        "Both cores are full without any snapshot, so whatever a vault computes is taken from training; on a machine with a",
+        "core to spare it is not. The noise of `extra` is what the two `none` rows show. Our stall has an all-reduce in it",
+        "(is there room on all ranks?) that a run does not have, where that question rides on the step's report; what a run",
+        "itself measures is `stall_ms` of its events.",
     ]
     for preset, found in report.items():
         machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
