@@ -71,10 +71,17 @@ def _work(config: Config, planner: Planner, plan: Plan) -> Iterator[tuple[str, s
     yield "data", f"{config.data.kind}, {config.data.seq_len} tokens a sample"
     yield "optimizer", f"AdamW, peak rate {optim.lr:g}, {optim.schedule} over {optim.schedule_steps} steps, {optim.warmup_steps} to warm up"
     yield "batch", f"{optim.global_batch} samples = {tokens:,} tokens; {optim.num_steps} steps = {optim.num_steps * tokens:,} tokens"
-    yield "layout", f"pp {plan.layout.pp} x dp {plan.layout.dp} x tp {plan.layout.tp}, {plan.schedule}, {plan.num_microbatches} microbatches, {config.layout.engine}"
+    yield "layout", f"pp {plan.layout.pp} x dp {plan.layout.dp} x tp {plan.layout.tp}, {plan.schedule}, {plan.num_microbatches} microbatches, {_engine(config)}"
     yield "reason", plan.reason
     for option in plan.options:
         yield "option", str(option)
+
+
+def _engine(config: Config) -> str:
+    layout = config.layout
+    if layout.engine == "fsdp":
+        return "FSDP2"
+    return f"DeepSpeed ZeRO-{layout.zero_stage}" + (", optimizer on the host" if layout.offload_optimizer else "")
 
 
 def _seats(plan: Plan, atlas: Atlas) -> Iterator[tuple[str, str]]:
