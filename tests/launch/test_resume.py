@@ -19,7 +19,7 @@ from framework import run_dir
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMON = [
     "model=tiny", "data=synthetic", "optim.global_batch=4", "optim.schedule_steps=100", "layout.pp=2", "layout.dp=1",
-    "cluster.num_nodes=2", "monitor.wandb=offline", "monitor.progress=false", "monitor.sample_bytes=0",
+    "cluster.num_nodes=2", "monitor.wandb=offline", "monitor.progress=plain", "monitor.sample_bytes=0",
 ]  # fmt: skip
 
 
