@@ -36,12 +36,16 @@ def settings_of(detect: DetectConfig) -> Settings:
 
     An agent that answers late is no evidence: whether a machine is gone is asked of the machine itself.
     """
-    deadline_s = 0.8 * detect.hang_timeout_s
+    deadline_s, long_s = 0.8 * detect.hang_timeout_s, max(detect.first_step_timeout_s, detect.hang_timeout_s)
     patience = Patience(
         floor_s=deadline_s,
         ceiling_s=deadline_s,
         steps=0.8 * detect.hang_steps,
-        unlearnt_s=detect.first_step_timeout_s,
+        unlearnt_s=long_s,
+        start_s=long_s,
+        evaluate_s=long_s,
+        checkpoint_s=long_s,
+        compile_s=long_s,
     )
     more = detect.slow_ratio - 1  # what is sure to exceed it is found from well below it on
     return Settings(silent_s=math.inf, rule=Rule(ratio=1 + 0.6 * more, drift=1 + 0.27 * more), patience=patience)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import drill
+from parallel.recorder_build import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -39,7 +40,7 @@ def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sam
     result = subprocess.run(
         [sys.executable, "-m", "launch.main", "drill", "sooner", "controller", *small],
         cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HOLDFAST_CACHE": str(cache_dir())},
         capture_output=True,
         text=True,
         timeout=600,
