@@ -185,7 +185,7 @@ DRILLS = (
         ("{step: 20, kind: slow_worker, rank: 2, severity: 5}",),
         verdict=("slow_compute", 2),
     ),
-    Drill("nan", "a loss is no number, once", PAIRS, ("{step: 9, kind: nan, rank: 1}",), verdict=("nan", 1)),
+    Drill("poison", "a loss is no number, once", PAIRS, ("{step: 9, kind: poison, rank: 1}",), verdict=("nan", 1)),
     Drill(
         "flip",
         "one bit of one rank's parameters flips",

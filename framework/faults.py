@@ -14,7 +14,8 @@ name says. Each is carried out by the victim itself; what happens to a node with
     kind                                        severity
     kill_worker kill_node stop_worker raise     none
     hang                                        below 1: a collective is left out; else the GIL is held for ever
-    slow_worker                                 how many times as long its passes take
+    slow_worker                                 how many times as long everything takes in its process, from then on
+    poison flip_bit                             none; the pass's loss is no number, one bit of the rank's parameters flips
     slow_link                                   MB/s that the rank may send
     partition                                   seconds until the machine is there again
     preempt                                     seconds from the notice to the end of the machine
@@ -42,10 +43,10 @@ from framework import fault_acts
 PHASES = ("forward", "backward", "optimizer", "staging", "encode", "transfer", "recovery")
 KINDS = (
     "kill_worker", "kill_node", "stop_worker", "hang", "slow_worker", "slow_link", "partition", "preempt", "add_node",
-    "corrupt_block", "raise", "nan", "flip_bit",
+    "corrupt_block", "raise", "poison", "flip_bit",
 )  # fmt: skip
 FROM_AFAR = ("kill_node", "partition", "preempt", "add_node")  # another machine can do it to one that has no rank
-INLINE = ("raise", "hang", "slow_worker", "nan", "flip_bit")  # carried out by the training thread itself
+INLINE = ("raise", "hang", "slow_worker", "poison", "flip_bit")  # carried out by the training thread itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class FaultInjector:
 
         mine = [(i, f) for i, f in enumerate(faults) if here(f)]
         self._poison = 0
-        self._acts = _ACTS | {"nan": self._spoil} | dict(acts or {})
+        self._acts = _ACTS | {"poison": self._spoil} | dict(acts or {})
         self._directory, self._rank = directory, rank
         self._armed = [(i, f) for i, f in mine if not (directory / self._name(i, f)).exists()]
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from fault_tolerance.actions import Action, choose
 from fault_tolerance.stacks import innermost, thread_first
-from fault_tolerance.verdict import Kind, Verdict
+from fault_tolerance.verdict import NAMES_NOBODY, Kind, Verdict
 from framework.cluster import CallError, Remote
 from framework.config import Config
 from framework.incident import Trouble
@@ -87,7 +87,9 @@ class Response:
             self._warned = True
             self._journal.event("record", reason=f"the records are not judged any more: {self._sentinel.failure}")
         for verdict in self._sentinel.take():
-            if verdict.kind not in TROUBLE:
+            if verdict.kind in NAMES_NOBODY:
+                self._journal.event("record", reason=verdict.reason, cause=str(verdict.kind), severity=verdict.severity)
+            elif verdict.kind not in TROUBLE:
                 self._tell(verdict)
         if time.monotonic() > self._read_logs_at:
             self._logs.poll(time.time())
@@ -171,7 +173,7 @@ class Response:
         if healthy_s <= 0 or left <= 0 or case.confirmed is None:
             return None
         lost_s = (step_s - healthy_s) * (self._journal.reached - case.since)
-        node = evicted(verdict)
+        node = evicted(case.confirmed)  # messages of the test cross one way each: it knows the place better
         options = ways_out(
             verdict, self._sentinel.topology, self._without(node), self._costs,
             step_s=step_s, healthy_s=healthy_s, reseated=node in self._reseated,

@@ -74,7 +74,7 @@ class Run:
 
 def test_a_loss_that_is_no_number_once_changes_nothing_of_the_result(mesh: Mesh, tmp_path: Path) -> None:
     plain = Run(mesh, tmp_path / "a")
-    spoilt = Run(mesh, tmp_path / "b", faults=(Fault(step=5, kind="nan", rank=0),))
+    spoilt = Run(mesh, tmp_path / "b", faults=(Fault(step=5, kind="poison", rank=0),))
     assert [(b["step"], b["action"], b["ranks"]) for b in spoilt.bad] == [(5, "retry", (0,))]
     assert spoilt.outcome.kind == "finished" and not plain.bad
     assert spoilt.sums == plain.sums
@@ -82,7 +82,7 @@ def test_a_loss_that_is_no_number_once_changes_nothing_of_the_result(mesh: Mesh,
 
 
 def test_a_batch_that_is_bad_twice_is_left_out_and_too_many_end_the_generation(mesh: Mesh, tmp_path: Path) -> None:
-    bad = Fault(step=5, kind="nan", rank=0)
+    bad = Fault(step=5, kind="poison", rank=0)
     run = Run(mesh, tmp_path / "a", faults=(bad, bad))
     assert [b["action"] for b in run.bad] == ["retry", "skip"]
     assert [row["step"] for row in run.said if row.get("skipped")] == [5]
