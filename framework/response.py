@@ -195,9 +195,9 @@ class Response:
         if choice.action is Action.RESEAT:
             self._reseated.add(node)
         evidence = f"{verdict.reason}; {choice.reason}"
-        onset_s = step_s * (self._journal.reached - case.since)
+        named_s = step_s * ONSET_STEPS  # until it was named; to act may take longer
         return Trouble(
-            SLOW[verdict.kind], verdict.ranks, (node,), evidence, self._journal.reached, time.time(), onset_s, remedy=action
+            SLOW[verdict.kind], verdict.ranks, (node,), evidence, self._journal.reached, time.time(), named_s, remedy=action
         )
 
     def _charge(self, verdict: Verdict) -> Trouble:
