@@ -43,7 +43,7 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/mypy parallel fault_tolerance framework launch
 
 bench: $(STAMP)  ## every benchmark, one after the other; each prints its table
-	@for file in benchmarks/*.py; do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
+	@for file in $$(grep -lE "python (-m )?benchmarks[./]" benchmarks/*.py); do echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file || exit 1; done
 
 clean:  ## everything that was made, the environment included
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
