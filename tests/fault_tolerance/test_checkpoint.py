@@ -119,6 +119,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     assert {p.suffix for p in (tmp_path / "step_000001").iterdir()} == {".safetensors", ".json"}
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_anywhere_is_found(tmp_path: Path) -> None:
     specs = decoder_specs(dim=16, kv_dim=8, ffn_dim=20, vocab=11, layers=1)
     save(tmp_path, atlas_of(specs, "1x2x1", layers=1), random_state(specs))
