@@ -19,7 +19,7 @@ from fault_tolerance.encoder import Encoder, _StripeJob
 from fault_tolerance.snapshot import Snapshotter
 from fault_tolerance.vault import Vault
 from fault_tolerance.vault_requests import Requests
-from fault_tolerance.version import State
+from fault_tolerance.version import State, Version
 from fault_tolerance.wire import Channel
 
 POINTS: dict[str, tuple[type, str, int]] = {
@@ -63,8 +63,9 @@ def _concerns(self: Any, method: str, step: int, args: tuple[Any, ...]) -> bool:
         return any(v.step == step and v.state is State.PROTECTED for v in self.versions.values())
     if isinstance(self, Vault) and method == "add_meta":
         return args[0].step == step and args[1].node == self.node
-    if (version := getattr(self, "_version", None)) is not None:
-        return bool(version.step == step)
+    version = getattr(self, "_version", None)
+    if isinstance(version, Version):
+        return version.step == step
     return step in [a.get("step") if isinstance(a, dict) else a if isinstance(a, int) else getattr(a, "step", None) for a in args]
 
 
