@@ -12,6 +12,7 @@ Rule of this file: it starts runs and prints; what must hold is in `framework/dr
 
 from __future__ import annotations
 
+import difflib
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,9 @@ def main(arguments: Sequence[str]) -> int:
 def _chosen(names: Sequence[str], seed: int, runs: int) -> list[Drill]:
     known = {drill.name: drill for drill in DRILLS}
     if unknown := [name for name in names if name not in known and name not in ("all", "random")]:
-        raise ValueError(f"holdfast drill {unknown[0]}: no such drill; there are {', '.join(known)}, random and all")
+        near = difflib.get_close_matches(unknown[0], [*known, "all", "random"], n=1, cutoff=0.6)
+        advice = f"did you mean holdfast drill {near[0]}?" if near else "see holdfast drill --list"
+        raise ValueError(f"holdfast drill {unknown[0]}: no such drill; {advice}")
     found = list(DRILLS) if "all" in names else [known[name] for name in names if name != "random"]
     return found + ([random_drill(number) for number in range(seed, seed + runs)] if "random" in names else [])
 
@@ -56,7 +59,7 @@ def _number(arguments: Sequence[str], key: str, default: int) -> int:
         name, _, value = word.partition("=")
         if name == key:
             if not value.isdigit():
-                raise ValueError(f"holdfast drill: {key} must be a whole number, got {value!r}")
+                raise ValueError(f"holdfast drill: {key} must be a whole number, got {value!r}; for example {key}=7")
             return int(value)
     return default
 

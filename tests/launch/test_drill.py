@@ -24,7 +24,7 @@ def test_the_drills_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["nodes"], "holdfast drill nodes: no such drill; there are worker"), (["random", "seed=x"], "seed must be a whole number, got 'x'")],
+    [(["nodes"], "holdfast drill nodes: no such drill; did you mean holdfast drill node"), (["random", "seed=x"], "seed must be a whole number, got 'x'")],
 )
 def test_a_drill_that_cannot_be_run_is_refused_before_anything_starts(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
