@@ -209,8 +209,6 @@ def _show(news: dict[str, Any], shown: Telemetry) -> int:
             shown.step(item["row"])
         elif "event" in item:
             shown.event(item["event"])
-        elif "evaluation" in item:
-            shown.event(_notice(f"val_loss {item['evaluation']['val_loss']:.4f} at step {item['evaluation']['step']}"))
     return int(news["last"])
 
 

@@ -155,7 +155,6 @@ class Journal:
                     self._val_loss = self.losses[int(item["step"])] = float(item["val_loss"])
                     self.event("evaluation", reason=f"held-out loss {self._val_loss:.4f}", step=int(item["step"]), val_loss=self._val_loss)
                     self._telemetry.step(item)
-                    self._tell({"evaluation": dict(item)})
                 case "numerics":
                     self._numerics(item, plan)
                 case kind:
