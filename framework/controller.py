@@ -175,6 +175,7 @@ class Controller:
 
     def _preflight(self) -> None:
         """Examine the nodes before the first generation. Raises Refused where no training should start."""
+        self._await_nodes()
         began = time.monotonic()
         hosts = {node.name: node.ip for node in self._cluster.nodes() if node.name in {p.node for p in self._places()}}
         try:
