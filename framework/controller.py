@@ -181,8 +181,9 @@ class Controller:
         try:
             self._pool.ensure([f"{node}.0" for node in hosts], timeout_s=self._config.cluster.start_timeout_s)
         except PoolError as error:
-            raise Refused(f"preflight: {error}") from error
-        checkup = examine(self._pool.agents, hosts, one_machine=self._cluster.control is not None)
+            raise (Unfit(error.complaint) if error.complaint else Refused(f"preflight: {error}")) from error
+        agents = {node: self._pool.agents[node] for node in hosts}
+        checkup = examine(agents, hosts, one_machine=self._cluster.control is not None)
         (Path(self._config.run_dir) / "preflight.txt").write_text(words(checkup) + "\n")
         found = [finding.reason for finding in checkup.findings]
         reason = "; ".join(found) or f"{len(hosts)} nodes and the ways between them are alike"
