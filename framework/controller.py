@@ -226,7 +226,7 @@ class Controller:
         """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine."""
         seen = self._cluster.nodes()
         self._see(seen)
-        nodes = [n for n in seen if n.alive and not n.head]
+        nodes = [n for n in seen if n.alive and not n.head and n.name not in self._members.out]
         silent = self._cluster.unanswering(n.name for n in nodes)
         nodes = [n for n in nodes if n.name not in silent]
         self._pool.reap(nodes)
@@ -499,20 +499,21 @@ class Controller:
         if time.monotonic() - self._asked_to_grow < GROW_LOOK_S:
             return None
         self._asked_to_grow = time.monotonic()
-        fresh = self._fresh(crew.plan)
+        places = self._places()
+        fresh = self._fresh(crew.plan, places)
         if not fresh:
             return None
         situation = self._planner.situation(
-            self._places(), source=crew.plan.source, generation=crew.plan.generation, overlap=None, trouble=None
+            places, source=crew.plan.source, generation=crew.plan.generation, overlap=None, trouble=None
         )
         option = worth_growing(crew.plan, self._planner.wish(), situation)
         if option is None or not self._pool.is_ready(self._seats_on(fresh)):
             return None
         return Trouble("resize", (), tuple(fresh), f"{', '.join(fresh)} joined: {option}", self._journal.reached, time.time())
 
-    def _fresh(self, plan: Plan) -> list[str]:
+    def _fresh(self, plan: Plan, places: Sequence[Place]) -> list[str]:
         """Nodes without a rank that have been here for a while, so that a flapping one is not grown onto; made warm."""
-        idle = [place.node for place in self._places() if place.node not in plan.nodes]
+        idle = [place.node for place in places if place.node not in plan.nodes]
         self._pool.start(self._seats_on(idle))
         settled = self._members.settled(self._cluster.nodes(), time.time())
         return [name for name in idle if name in settled]

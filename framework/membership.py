@@ -20,6 +20,7 @@ from fault_tolerance.quarantine import Quarantine
 from framework.nodes import Node
 
 MAX_LOSSES, WINDOW_S = 3, 600.0
+ASK_AGAIN_S = 1.0
 SETTLE_S = 3.0
 
 
@@ -44,12 +45,15 @@ class Membership:
         self._since: dict[str, tuple[str, float]] = {}  # node: the life (Ray's id) that is here, and since when
         self._leaving: dict[str, tuple[str, float]] = {}
         self._announced: set[str] = set()
+        self._asked: dict[str, float] = {}
         self._started = False
 
     def see(self, nodes: Sequence[Node], now: float, *, answers: Callable[[str], bool]) -> list[News]:
-        """Take in an inventory. `answers` is asked only of machines that were lost and are listed as alive."""
+        """Take in an inventory. `answers`, which may take a second, is asked now and then of a machine that was lost
+        and is listed as alive.
+        """
         here = {n.name: n for n in nodes if n.alive and not n.head}
-        back = {name for name in self._out if name in here and answers(name)}
+        back = {name for name in self._due(here, now) if answers(name)}
         self._out -= back
         news = [item for name in sorted(set(self._since) - set(here)) for item in self._gone(name, now)]
         for name, node in here.items():
@@ -86,6 +90,11 @@ class Membership:
         self._leaving[node] = (life, now + 86_400.0)
 
     @property
+    def out(self) -> frozenset[str]:
+        """The machines that were lost and have not answered since, whatever the inventory says."""
+        return frozenset(self._out)
+
+    @property
     def leaving(self) -> frozenset[str]:
         """The machines that were asked to leave and are still here."""
         return frozenset(self._leaving)
@@ -102,11 +111,19 @@ class Membership:
                 self._quarantine = self._quarantine.add(event["node"], event["reason"], now_s=event["time"], base_s=self._bar_s)
         self._holding = {e.node for e in self._quarantine.active(now)}
 
+    def _due(self, here: Mapping[str, Node], now: float) -> list[str]:
+        """The machine that is to be asked now, if any: one at a time, and none in every look."""
+        listed = sorted(self._out & here.keys(), key=lambda name: self._asked.get(name, 0.0))
+        due = [name for name in listed[:1] if now - self._asked.get(name, 0.0) >= ASK_AGAIN_S]
+        self._asked |= dict.fromkeys(due, now)
+        return due
+
     def _gone(self, node: str, now: float) -> Iterator[News]:
         self._since.pop(node, None)
         if node in self._out:
             return
         self._out.add(node)
+        self._asked[node] = now
         yield News("gone", node, f"{node} is gone")
         if not self._quarantine.holds(node, now) and node not in self._announced:
             self._quarantine = self._quarantine.lost(

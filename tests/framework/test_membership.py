@@ -122,3 +122,15 @@ def test_a_quarantine_of_no_length_is_refused_only_if_negative() -> None:
     assert members(bar_s=0.0).evict("n1", "slow", 5.0) == News("quarantine", "n1", "slow; not used until a person lifts it", None)
     with pytest.raises(ValueError, match="base_s must not be negative"):
         members(bar_s=-1.0).evict("n1", "slow", 5.0)
+
+
+def test_machines_that_do_not_answer_are_asked_one_at_a_time_and_not_in_every_look() -> None:
+    """A connection to a machine behind a cut link takes a second to fail: four of them in every look, and the living ranks
+    seemed not to answer either.
+    """
+    made, asked = members(), list[str]()
+    for name in ("n0", "n1", "n2"):
+        made.lost(name, 10.0)
+    for tenth in range(31):
+        made.see(THREE, 10.0 + tenth / 10, answers=lambda name: bool(asked.append(name)))
+    assert 3 <= len(asked) <= 9 and set(asked) == {"n0", "n1", "n2"}
