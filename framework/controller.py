@@ -360,6 +360,8 @@ class Controller:
                 self._journal.take(crew.last_words(), crew.plan)
                 if leaving is not None and leaving.kind == "preemption":  # meanwhile more of a node may have been told
                     leaving = notice(self._sight(crew), crew.plan) or leaving
+                    if leaving.nodes and not self._places():
+                        self.stop("every node was asked to leave")
                 return self._conclude(crew, leaving)
             sight = self._sight(crew)
             trouble = judge(sight, crew.plan, self._limits(crew))

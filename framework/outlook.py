@@ -19,6 +19,7 @@ from framework.plan import Place, Plan, Source, make_plan
 from framework.planner import Planner
 from parallel.atlas import Atlas
 
+SHOWN = 8  # layouts
 STATE_WORDS = "parameters and both moments, fp32"
 
 
@@ -73,8 +74,10 @@ def _work(config: Config, planner: Planner, plan: Plan) -> Iterator[tuple[str, s
     yield "batch", f"{optim.global_batch} samples = {tokens:,} tokens; {optim.num_steps} steps = {optim.num_steps * tokens:,} tokens"
     yield "layout", f"pp {plan.layout.pp} x dp {plan.layout.dp} x tp {plan.layout.tp}, {plan.schedule}, {plan.num_microbatches} microbatches, {_engine(config)}"
     yield "reason", plan.reason
-    for option in plan.options:
+    for option in plan.options[:SHOWN]:
         yield "option", str(option)
+    if len(plan.options) > SHOWN:
+        yield "option", f"and {len(plan.options) - SHOWN} that are slower"
 
 
 def _engine(config: Config) -> str:
