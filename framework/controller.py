@@ -259,7 +259,12 @@ class Controller:
             self._planner.measured(self._journal.plan.layout, self._journal.step_s)
         generation = max(self._memory.generation, self._journal.generation)
         situation = self._planner.situation(
-            places, source=source, generation=generation, overlap=self._memory.overlap() if source.tier == "memory" else None, trouble=trouble
+            places,
+            source=source,
+            generation=generation,
+            overlap=self._memory.overlap() if source.tier == "memory" else None,
+            trouble=trouble,
+            seated=() if self._journal.plan is None else self._journal.plan.nodes,
         )
         return make_plan(self._run_id, self._planner.wish(), situation)
 

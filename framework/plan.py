@@ -110,6 +110,7 @@ class Situation:
     candidates: Callable[[int], Sequence[Layout]]
     overlap: Callable[[Layout, str, range], int] = lambda layout, node, ranks: 0
     needed: Callable[[Layout], int] | None = None  # bytes of state that a layout's ranks need; None: nothing is held yet
+    seated: tuple[str, ...] = ()  # the nodes of the plan before
     trouble: str = ""
 
 
@@ -179,7 +180,7 @@ def options(wish: Wish, situation: Situation) -> tuple[Option, ...]:
     slots = sum(p.slots for p in places)
     warm = sum(min(p.warm, p.slots) for p in places)
     asked = [wish.layout] if wish.layout is not None and wish.layout.world <= slots else []
-    found = [_option("as configured", layout, warm, wish, situation) for layout in asked]
+    found = [_option(_way(layout, warm, wish, situation), layout, warm, wish, situation) for layout in asked]
     if not asked:
         found += [_option("use all that lives", c, warm, wish, situation) for c in _ranked(slots, wish, situation)]
     if 0 < warm < slots:
@@ -235,6 +236,16 @@ def _ranked(slots: int, wish: Wish, situation: Situation) -> list[Layout]:
     """Layouts by expected step time; equals by what is predicted of them alone, then by simplicity."""
     layouts = situation.candidates(slots)
     return sorted(layouts, key=lambda c: (expected_s(c, wish, situation), situation.predict(c), c.pp, c.tp))
+
+
+def _way(layout: Layout, warm: int, wish: Wish, situation: Situation) -> str:
+    """How the layout that was asked for can be had."""
+    if not situation.seated or not situation.trouble:
+        return "as configured"
+    spares = {seat.node for seat in seats_of(layout, wish, situation)} - set(situation.seated)
+    if spares:
+        return f"use {', '.join(sorted(spares))}"
+    return "replace in place" if layout.world > warm else "as configured"
 
 
 def _option(name: str, layout: Layout, warm: int, wish: Wish, situation: Situation) -> Option:

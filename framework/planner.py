@@ -113,6 +113,7 @@ class Planner:
         generation: int,
         overlap: Overlap | None = None,
         trouble: Trouble | None = None,
+        seated: tuple[str, ...] = (),
     ) -> Situation:
         """What is known, in the form that `make_plan` takes."""
         return Situation(
@@ -123,6 +124,7 @@ class Planner:
             candidates=self.candidates,
             overlap=overlap if overlap is not None else (lambda layout, node, ranks: 0),
             needed=None if overlap is None else overlap.needed,
+            seated=seated,
             trouble="" if trouble is None else str(trouble),
         )
 

@@ -137,3 +137,13 @@ def test_who_trains_now_is_preferred_to_a_spare_that_is_as_warm() -> None:
     """A lost machine came back as the spare; at the next trouble it took its old seat, and the state moved for nothing."""
     order = tuple(sorted(places(5), key=lambda p: p.node == "n2"))
     assert set(make_plan("r", WISH, situation(order)).nodes) == {"n0", "n1", "n3", "n4"}
+
+
+def test_the_way_to_the_layout_that_was_asked_for_is_named() -> None:
+    all_four = ("n0", "n1", "n2", "n3")
+    after = {"trouble": "node_loss", "seated": all_four}
+    spared = tuple(p for p in places(5) if p.node != "n1")
+    replaced = (*places(3), Place("n3", 2, "n3", warm=1))
+    assert make_plan("r", WISH, situation(spared, **after)).options[0].name == "use n4"
+    assert make_plan("r", WISH, situation(replaced, **after)).options[0].name == "replace in place"
+    assert make_plan("r", WISH, situation(places(4))).options[0].name == "as configured"
