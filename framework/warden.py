@@ -83,6 +83,7 @@ class Warden:
     def do_kill(self, node: str) -> list[int]:
         """A machine crash. Every process is dead on return."""
         killed = self._kill(node)
+        self.due = [item for item in self.due if item[2] != node]  # what was planned for this life is not for the next
         for path in (self.shm / node).glob("*") if node in self.state else ():
             path.unlink() if not path.is_dir() else shutil.rmtree(path, ignore_errors=True)
         self.state[node] = "dead"

@@ -87,11 +87,14 @@ def test_a_frozen_machine_goes_on_later_by_itself_and_one_whose_raylet_has_ended
     assert machines.pids("n0")[0] == raylet
     machines.later(0.0, "revive", "n0")
     machines.later(0.1, "kill", "n0")
+    machines.later(1.0, "kill", "n0")  # of a machine that is dead by then
     wait_until(lambda: machines.names()["n0"] == "dead")
     assert not machines.answers("n0")
     machines.later(0.0, "revive", "n0")
     wait_until(lambda: machines.answers("n0"))
     assert machines.pids("n0")[0] != raylet, "the first revival found it alive and did nothing"
+    time.sleep(1.0)
+    assert machines.answers("n0"), "what was planned for a former life is not done to the next one"
     with pytest.raises(ClusterError, match="later: must be add, kill, stop, cont or revive, got explode"):
         machines.later(0.0, "explode", "n0")
 
