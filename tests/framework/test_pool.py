@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from framework.nodes import ClusterError
+from framework.nodes import CallError, ClusterError
 from framework.pool import Pool, PoolError
 
 
@@ -43,3 +43,59 @@ def test_a_node_that_dies_while_its_workers_are_started_is_the_pool_s_trouble() 
     assert set(pool.agents) == {"n0"}
     with pytest.raises(PoolError, match=r"nodes of n1\.0 must be alive"):
         pool.ensure(["n0.0", "n1.0"], timeout_s=1.0)
+
+
+class Settling:
+    """A cluster of n1, whose workers die while they are started until `well`; what is killed is in `killed`."""
+
+    def __init__(self) -> None:
+        self.well, self.killed = False, list[str]()
+
+    def nodes(self) -> list[Any]:
+        return [SimpleNamespace(name="n1", ip="127.0.0.1", alive=True)]
+
+    def vaults(self) -> dict[str, Any]:
+        return {}
+
+    workers = vaults
+
+    def call_context(self) -> dict[str, Any]:
+        return {"version": "1", "digest": "d"}
+
+    def start_vault(self, node: str, *_: object, **__: object) -> Any:
+        return self._remote(f"agent {node}", well=True)
+
+    def start_worker(self, node: str, seat: str, *_: object, **__: object) -> Any:
+        return self._remote(f"worker {seat}", well=self.well)
+
+    def _remote(self, name: str, *, well: bool) -> Any:
+        def result(_: float) -> dict[str, str]:
+            if not well:
+                raise CallError("gone", actor=name, node="n1")
+            return {}
+
+        ready = SimpleNamespace(done=lambda: True, result=result)
+        return SimpleNamespace(ready=lambda: ready, kill=lambda: self.killed.append(name))
+
+
+def test_a_worker_that_died_before_it_was_of_use_is_not_ready_and_is_started_again() -> None:
+    """A node came back, its worker died while the crew was still to grow onto it: it counted as ready, and the crew was ended
+    for a node on which nobody could sit.
+    """
+    cluster = Settling()
+    pool = Pool(cluster, logs="/nowhere", agent={}, worker={})  # type: ignore[arg-type]
+    pool.start(["n1.0"])
+    assert not pool.is_ready(["n1.0"])
+    assert "n1.0" not in pool.workers and "n1" in pool.agents
+    cluster.well = True
+    pool.start(["n1.0"])
+    assert pool.is_ready(["n1.0"])
+
+
+def test_what_is_on_a_lost_node_is_ended_should_it_be_there_again() -> None:
+    """A node that was cut off came back with the workers of its former life, which held the seats of the new ones."""
+    cluster = Settling()
+    pool = Pool(cluster, logs="/nowhere", agent={}, worker={})  # type: ignore[arg-type]
+    pool.start(["n1.0"])
+    pool.forget(node="n1")
+    assert sorted(cluster.killed) == ["agent n1", "worker n1.0"] and not pool.workers and not pool.agents
