@@ -122,3 +122,41 @@ def test_whoever_is_named_must_be_the_one_and_nobody_else(tmp_path: Path) -> Non
     directory.event("verdict", step=3, generation=1, reason="", cause="slow_compute", ranks=[0])
     directory.close()
     assert not held()
+
+
+def told(path: Path, *causes: str, **incident: Any) -> Path:
+    """A run of three steps with news of machines and one incident."""
+    written(path, losses=[3.0, 2.0, 1.0])
+    directory = RunDir(path)
+    for cause in causes:
+        directory.event("node", step=1, generation=1, reason="", cause=cause)
+    record = {"kind": "node_loss", "steps_lost": 0, "tier": "parity"} | incident
+    directory.write_summary({"status": "finished", "state_sha256": "a" * 64, "incidents": [record]})
+    directory.close()
+    return path
+
+
+DRILL = Drill("d", "", (), (), kinds=("node_loss",), news=("gone", "joined"), tier="parity")
+
+
+@pytest.mark.parametrize(
+    ("what", "causes", "incident"),
+    [
+        ("none", ("gone", "left", "joined"), {}),
+        ("incidents", ("gone", "joined"), {"kind": "crash"}),
+        ("machines", ("joined", "gone"), {}),
+        ("tier", ("gone", "joined"), {"tier": "durable"}),
+    ],
+)
+def test_what_a_drill_wants_to_happen_must_have_happened_in_its_order(
+    tmp_path: Path, what: str, causes: tuple[str, ...], incident: dict[str, Any]
+) -> None:
+    """Without this, a fault that never fired would pass as one that was survived."""
+    run, twin = told(tmp_path / "a", *causes, **incident), written(tmp_path / "b", losses=[3.0, 2.0, 1.0])
+    failed = [check.what for check in checks(run, twin, every_steps=2, drill=DRILL) if not check.held]
+    assert failed == ([] if what == "none" else [what])
+
+
+def test_an_incident_that_was_prepared_for_may_lose_nothing(tmp_path: Path) -> None:
+    run, twin = told(tmp_path / "a", kind="preemption", steps_lost=1), written(tmp_path / "b", losses=[3.0, 2.0, 1.0])
+    assert [check.what for check in checks(run, twin, every_steps=2) if not check.held] == ["lost"]
