@@ -163,6 +163,8 @@ class Controller:
             ended = self._watch(crew)
         finally:
             self._response.close()
+        if ended is not None and ended.kind == "node_loss":
+            self._memory.lost |= set(ended.nodes)  # a frozen one would be waited for
         self._keep(plan, last=True)
         if ended is None or (self._stop.is_set() and crew.finished):
             return None
@@ -514,7 +516,12 @@ class Controller:
             places, source=crew.plan.source, generation=crew.plan.generation, overlap=None, trouble=None
         )
         option = worth_growing(crew.plan, self._planner.wish(), situation)
-        if option is None or not self._pool.is_ready(self._seats_on(fresh)):
+        if option is None:
+            return None
+        if not self._pool.is_ready(self._seats_on(fresh)):
+            if self._pool.unready:
+                self._journal.event("node", reason=self._pool.unready, cause="unready", node=fresh[0])
+                self._pool.unready = ""
             return None
         return Trouble("resize", (), tuple(fresh), f"{', '.join(fresh)} joined: {option}", self._journal.reached, time.time())
 

@@ -160,7 +160,7 @@ class Memory:
             if watch is None or client is None:
                 self.lost |= {node}
                 continue
-            if last and not watch.lost:
+            if last and not watch.lost and node not in self.lost:
                 with contextlib.suppress(WireError, Refused):
                     watch.catch_up(client)
             for event in watch.events():

@@ -44,6 +44,7 @@ class Pool:
         for kind, found in (("agent", self.agents), ("worker", self.workers)):
             late = {name: remote for name, remote in found.items() if remote.facts().get("State") != "ALIVE"}
             self._starting |= {f"{kind} {name}": remote.ready() for name, remote in late.items()}
+        self.unready = ""  # why the last process that was started beside a crew is of no use
 
     def start(self, seats: Sequence[str]) -> None:
         """Start what is missing for these seats (`<node>.<slot>`): workers, and the agents of their nodes. Does not wait.
@@ -124,7 +125,8 @@ class Pool:
         if not all(call.done() for call in starting.values()):
             return False
         for who, call in starting.items():
-            if not _answered(call):  # it died before it was of use: whoever asks next finds it missing, and starts another
+            if why := _failure(call):  # it died before it was of use: whoever asks next finds it missing, and starts another
+                self.unready = f"{who} did not start: {why}"
                 self._forget(who)
                 return False
         return True
@@ -237,9 +239,10 @@ def _node_of(who: str) -> str:
     return name if kind == "agent" else _node(name)
 
 
-def _answered(call: Call) -> bool:
+def _failure(call: Call) -> str:
+    """Why a call that has ended gave nothing; empty if it gave something."""
     try:
         call.result(0)
-    except (CallError, TimeoutError):
-        return False
-    return True
+    except (CallError, TimeoutError) as error:
+        return str(error)
+    return ""
