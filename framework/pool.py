@@ -101,7 +101,7 @@ class Pool:
         remotes = {f"worker {s}": r for s, r in self.workers.items()} | {f"agent {n}": r for n, r in self.agents.items()}
         calls = {remotes[who].ready(): who for who in wanted if who in remotes and who not in self._starting}
         done, silent = wait_all(list(calls), ALIVE_S)
-        for call in (*silent, *(call for call in done if not _answered(call))):
+        for call in (*silent, *(call for call in done if _failure(call))):
             self._forget(calls[call])
 
     def _require_progress(self, waiting: Sequence[str], timeout_s: float, *, late: bool) -> None:

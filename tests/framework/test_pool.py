@@ -75,7 +75,7 @@ class Settling:
             return {}
 
         ready = SimpleNamespace(done=lambda: True, result=result)
-        return SimpleNamespace(ready=lambda: ready, kill=lambda: self.killed.append(name))
+        return SimpleNamespace(ready=lambda: ready, facts=dict, kill=lambda: self.killed.append(name))
 
 
 def test_a_worker_that_died_before_it_was_of_use_is_not_ready_and_is_started_again() -> None:
