@@ -49,6 +49,7 @@ class Memory:
     def __init__(self, config: Config, *, run_id: str, secret: str, atlas: Callable[[Layout, str], Atlas]) -> None:
         self._keeping, self._schedule = config.fault_tolerance, config.layout.schedule
         self._run, self._secret, self._atlas = run_id, bytes.fromhex(secret), atlas
+        self._agents: dict[str, Remote] = {}
         self._clients: dict[str, VaultClient] = {}
         self._watches: dict[str, VaultWatch] = {}
         self._silent_s = max(SILENT_S, 3 * config.detect.ping_timeout_s)
@@ -210,6 +211,7 @@ class Memory:
 
     def forget(self, node: str) -> None:
         """A node is gone."""
+        self._agents.pop(node, None)
         client, watch = self._clients.pop(node, None), self._watches.pop(node, None)
         if client is not None:
             client.close()
@@ -221,14 +223,15 @@ class Memory:
         return plan_groups(dict(plan.domains), tolerate=plan.tolerate, group_size=max(size, plan.tolerate + 1))
 
     def _connect(self, agents: Mapping[str, Remote]) -> None:
-        for node in set(self._clients) - set(agents):
-            self.forget(node)
+        for node in [n for n, agent in self._agents.items() if agents.get(n) is not agent]:
+            self.forget(node)  # gone; or it left and came back between two looks, and its vault listens elsewhere
         calls = {node: agent.call("address") for node, agent in agents.items() if node not in self._clients}
         for node, call in calls.items():
             try:
                 address = call.result(ASK_S)
             except (CallError, TimeoutError):
                 continue  # it is still starting, or gone: the pool knows
+            self._agents[node] = agents[node]
             self._clients[node] = VaultClient(address, run=self._run, secret=self._secret, timeout_s=ASK_S)
             self._watches[node] = VaultWatch(address, run=self._run, secret=self._secret, silent_s=self._silent_s)
 
