@@ -44,13 +44,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--model", default="laptop")
     parser.add_argument("--every", default="auto", help="steps between snapshots on the side that takes them")
+    parser.add_argument("--note", default="", help="a sentence for the page, such as what else the machine did")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "step_time.json")
     options = parser.parse_args(argv)
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     for layout in options.layouts:
         found[layout] = [_pair(layout, pair, options) for pair in range(options.pairs)]
         found["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-        found["run"] = {"model": options.model, "steps": options.steps, "every": options.every}
+        found["run"] = {"model": options.model, "steps": options.steps, "every": options.every, "note": options.note}
         options.out.write_text(json.dumps(found, indent=1) + "\n")
         print(_row(layout, found[layout]), flush=True)
     text = report(found)
@@ -68,6 +69,7 @@ def report(found: dict[str, Any]) -> str:
         "| layout (pp x dp x tp) | pairs | bare ms | snapshots off | snapshots on | off, processor | on, processor | off |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *rows,
+        "\n" + found["run"].get("note", ""),
         "\nSnapshots: `fault_tolerance.every_steps=" + found["run"]["every"] + "`. Processor: seconds of all processes of the run per step, as a "
         "ratio to the bare ranks' own.\n",
         "## From the command to the first step, seconds (medians)\n",
