@@ -58,6 +58,7 @@ ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out 
 STOP_S = 60.0
 CLOSE_OUT_S = 600.0
 ROWS_S = 3.0
+SLOW_START_S = 10.0
 GROW_LOOK_S = 0.5  # how often it is asked whether growing would pay
 MAX_FAILURES = 3  # at the same step, without one step of progress between
 
@@ -85,6 +86,7 @@ class Controller:
         self._failures: dict[int, int] = {}
         self._summary: dict[str, Any] | None = None
         self._asked_to_grow = 0.0
+        self._missing: tuple[str, ...] = ()
         self._response: Response | None = None
         self._reseated: set[str] = set()
         self._rolled_back: set[int] = set()
@@ -519,11 +521,20 @@ class Controller:
         if option is None:
             return None
         if not self._pool.is_ready(self._seats_on(fresh)):
-            if self._pool.unready:
-                self._journal.event("node", reason=self._pool.unready, cause="unready", node=fresh[0])
-                self._pool.unready = ""
+            self._explain(fresh)
             return None
         return Trouble("resize", (), tuple(fresh), f"{', '.join(fresh)} joined: {option}", self._journal.reached, time.time())
+
+    def _explain(self, fresh: Sequence[str]) -> None:
+        """Say why nodes that are here are not grown onto: a process of theirs failed, or does not come up."""
+        if self._pool.unready:
+            self._journal.event("node", reason=self._pool.unready, cause="unready", node=fresh[0])
+            self._pool.unready = ""
+        missing = self._pool.not_up(self._seats_on(fresh))
+        if self._members.age_s(fresh[0], time.time()) > SLOW_START_S and missing and missing != self._missing:
+            self._missing = missing
+            reason = f"{fresh[0]} is not grown onto: {', '.join(missing)} must be up, and is not for {SLOW_START_S:.0f} s"
+            self._journal.event("node", reason=reason, cause="unready", node=fresh[0])
 
     def _fresh(self, plan: Plan, places: Sequence[Place]) -> list[str]:
         """Nodes without a rank that have been here for a while, so that a flapping one is not grown onto; made warm."""

@@ -79,7 +79,11 @@ class Membership:
     def settled(self, nodes: Sequence[Node], now: float) -> tuple[str, ...]:
         """Usable machines that have been here for a while."""
         names = [n.name for n in self.usable(nodes, now)]
-        return tuple(name for name in names if now - self._since.get(name, ("", now))[1] >= self._settle_s)
+        return tuple(name for name in names if self.age_s(name, now) >= self._settle_s)
+
+    def age_s(self, node: str, now: float) -> float:
+        """For how long a machine has been here in its present life; 0 if it is not."""
+        return now - self._since.get(node, ("", now))[1]
 
     def lost(self, node: str, now: float) -> list[News]:
         """The controller has found a machine gone, maybe before the inventory has."""

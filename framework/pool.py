@@ -131,6 +131,12 @@ class Pool:
                 return False
         return True
 
+    def not_up(self, seats: Sequence[str]) -> tuple[str, ...]:
+        """The processes of these seats that were started and have not answered yet, or are missing."""
+        names = self._names(seats)
+        waiting = {who for who, call in self._starting.items() if who in names and not call.done()}
+        return tuple(sorted(waiting | (names - self._known())))
+
     def started(self) -> dict[str, Remote]:
         """The workers that have come up, by id."""
         return {s: r for s, r in self.workers.items() if f"worker {s}" not in self._starting or self._starting[f"worker {s}"].done()}

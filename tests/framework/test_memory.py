@@ -185,3 +185,21 @@ def test_what_cannot_be_survived_is_said_in_sentences(run):
     assert run.memory.limits(run.plan(1)) == ()
     [sentence] = run.memory.limits(run.plan(1, tolerate=0))
     assert "not the loss of any node" in sentence
+
+
+def test_a_node_that_left_and_came_back_between_two_looks_is_asked_where_its_vault_is_now():
+    """A node left on notice, its vault ended, the node joined again: three generations in a row called the vault that was
+    no more, and the run ended without progress.
+    """
+    config = decode(compose(["model=tiny", "data=synthetic"]) | {"run_dir": "unused"})
+    secret, atlas = secrets.token_bytes(16), atlas_of("1x3x1")
+    memory = Memory(config, run_id="again", secret=secret.hex(), atlas=lambda layout, schedule: atlas)
+    vaults = []
+    for fence in (3, 7):
+        vaults.append(Vault(node="n1", run="again", secret=secret))
+        vaults[-1].start()
+        vaults[-1].raise_fence(fence)
+        memory.look({"n1": Here(vaults[-1], GIB)})
+        assert memory.generation == fence
+        vaults[-1].close()
+    memory.forget("n1")
