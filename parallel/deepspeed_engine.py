@@ -32,7 +32,7 @@ from parallel.contract import check_model
 from parallel.data import PRECISIONS
 from parallel.deepspeed_optimizer import HostedAdamW
 from parallel.engine import EngineOptions, Weights, fill
-from parallel.flat import decays
+from parallel.flat import Flat, decays
 from parallel.loss import summed_cross_entropy
 from parallel.mesh import Mesh
 from parallel.specs import state_specs
@@ -49,13 +49,6 @@ class Zero:
     def sharding(self) -> str:
         """How the state lies over the ranks of dp, in the terms of `Atlas`."""
         return "flat" if self.stage == 3 else "groups"
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """This rank's flat part of a parameter and its moments, by state kind."""
-
-    memory: dict[str, Tensor]
 
 
 class DeepSpeedEngine:
@@ -79,7 +72,7 @@ class DeepSpeedEngine:
         )
         self._groups = [{n: p for n, p in trained.items() if decays(tuple(p.shape)) is d} for d in (True, False)]
         self._groups = [group for group in self._groups if group]
-        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        dtypes = {name: buffer.dtype for name, buffer in self._model.named_buffers()}
         self._engine = library.initialize(
             self._model,
             self._optimizer,
@@ -87,7 +80,7 @@ class DeepSpeedEngine:
             mesh=mesh,
         )
         for name, buffer in self._model.named_buffers():
-            assert buffer.dtype == buffers[name].dtype, f"DeepSpeed changed the type of buffer {name}"
+            assert buffer.dtype == dtypes[name], f"DeepSpeed changed the type of buffer {name}"
         self._frozen = {n: _Frozen(n, p, self.atlas, mesh) for n, p in self._model.named_parameters() if not p.requires_grad}
         self._partition = library.Partition(self._engine.optimizer, stage=zero.stage, offload=zero.offload_optimizer)
         self._pieces = dict(self._views())
@@ -156,18 +149,17 @@ class DeepSpeedEngine:
             self._collected = True
 
     def _views(self) -> Iterator[tuple[Piece, Tensor]]:
-        """The rank's pieces, end to end in each shard."""
-        shards = {name: _Shard(frozen.memory) for name, frozen in self._frozen.items()}
-        for name, memory in self._partition.shards(self._groups, self._flats(), self._mesh.seat[1]):
-            shards[name] = _Shard(memory)
+        """The rank's pieces, end to end in each parameter's flat part."""
+        shards = {name: frozen.memory for name, frozen in self._frozen.items()}
+        shards |= self._partition.shards(self._groups, self._flats(), self._mesh.seat[1])
         at: dict[str, int] = {}
         for piece in self.atlas.held(self._mesh.rank):
             kind, _, name = piece.tensor.partition("/")
             start = at.get(piece.tensor, 0)
             at[piece.tensor] = start + piece.box.size
-            yield piece, shards[name].memory[kind][start : at[piece.tensor]].view(piece.box.shape)
+            yield piece, shards[name][kind][start : at[piece.tensor]].view(piece.box.shape)
 
-    def _flats(self) -> dict[str, Any]:
+    def _flats(self) -> dict[str, Flat]:
         return {name.partition("/")[2]: flat for name, flat in self.atlas.flats.items() if name.startswith("param/")}
 
     def _microbatches(self, x_BT: Tensor) -> tuple[Tensor, ...]:
