@@ -31,7 +31,7 @@ def test_an_event_is_stamped_and_an_unknown_kind_is_refused(tmp_path):
     (event,) = run_dir.events(tmp_path)
     assert list(event) == ["time", "kind", "step", "generation", "reason", "layout"]
     assert abs(event["time"] - time.time()) < 60
-    with pytest.raises(ValueError, match="event: kind must be one of preflight, .* got 'plam'"):
+    with pytest.raises(ValueError, match="event: kind must be one of .*plan.* got 'plam'"):
         run.event("plam", step=0, generation=1, reason="")
 
 
