@@ -106,6 +106,7 @@ class Snapshotter:
         self._lock = threading.Lock()
         self._devices: DeviceCopy | None = None
         self._segments: dict[int, NDArray[np.uint8]] = {}
+        self._staged: tuple[int, NDArray[np.uint8]] | None = None
         address = local_address(plan.run, plan.seats[rank])
         self._channel = connect(address, run=plan.run, secret=secret, timeout_s=timeout_s)
         try:
@@ -167,6 +168,17 @@ class Snapshotter:
         self._jobs.put(_Gated(job.step, self.stall_s))
         return self.stall_s
 
+    def staged(self, step: int) -> dict[Piece, torch.Tensor]:
+        """What was copied of this step, after `gate`: the pieces that this rank saves whole. Valid until the next `begin`."""
+        if self._staged is None or self._staged[0] != step:
+            return {}
+        view = self._staged[1]
+        return {
+            e.home: torch.from_numpy(view[self._base + e.offset :][: e.nbytes]).view(torch.float32)
+            for e in self._slab.entries
+            if e.piece == e.home and e.nbytes == 4 * e.piece.box.size
+        }
+
     def cost_s(self) -> float:
         """What the last snapshot cost this rank: its stall, and a tenth of the copy's time for memory bandwidth."""
         return self.stall_s + 0.1 * self.copy_s
@@ -180,6 +192,7 @@ class Snapshotter:
         self._jobs.put(None)
         self._thread.join(GATE_S)
         if not self._thread.is_alive():
+            self._staged = None
             self._segments.clear()  # unmapped: from here on the vault may lend them to others
             with contextlib.suppress(WireError, Refused):
                 self._channel.call({"op": "detach"}, wait_s=GATE_S)
@@ -222,6 +235,7 @@ class Snapshotter:
         if self._devices is not None:
             self._devices.finish()
         job.copy_s = time.monotonic() - began
+        self._staged = (job.step, view)
         job.tensors = {}
         job.copied.set()
         request = {"op": "staged", "step": job.step, "extra": job.extra, "copy_s": job.copy_s}

@@ -190,7 +190,7 @@ DRILLS = (
         "flip",
         "one bit of one rank's parameters flips",
         (*PAIRS, "detect.digest_every=1"),
-        ("{step: 9, kind: flip_bit, rank: 2}",),
+        ("{step: 8, kind: flip_bit, rank: 2}",),
         verdict=("corrupt", 2),
     ),
     Drill("raise", "a worker raises an error", BASE, (_fault(7, "raise", "optimizer", rank=2),)),

@@ -37,6 +37,7 @@ class Integrity:
         ]
         self._at_rest: dict[Piece, int] | None = None
         self._trusted: int | None = None
+        self._changed: list[Piece] = []
         self.clean = start  # the newest step whose state is known to be good
 
     def settle(self, step: int) -> tuple[tuple[int, ...], str]:
@@ -61,7 +62,15 @@ class Integrity:
         if self._at_rest is None:
             return ""
         sums = sums_of(self._state())
-        return next((piece.tensor for piece, value in self._at_rest.items() if sums[piece] != value), "")
+        self._changed = [piece for piece, value in self._at_rest.items() if sums[piece] != value]
+        return self._changed[0].tensor if self._changed else ""
+
+    def well_kept(self, staged: Mapping[Piece, Tensor]) -> bool:
+        """Whether copies that were made meanwhile have all that has changed here as it was before."""
+        if self._at_rest is None or not all(piece in staged for piece in self._changed):
+            return False
+        sums = sums_of({piece: staged[piece] for piece in self._changed})
+        return all(sums[piece] == self._at_rest[piece] for piece in self._changed)
 
     def passed(self) -> None:
         """No rank has found a change: the state that was settled last is known to be good."""

@@ -40,6 +40,10 @@ class Staging:
         """Wait until the state may be overwritten; the seconds that took."""
         return self._snapshotter.gate()
 
+    def staged(self, step: int) -> dict[Piece, Tensor]:
+        """What was copied of this step."""
+        return self._snapshotter.staged(step)
+
     def cost_s(self) -> float:
         """What the last snapshot cost this rank."""
         return self._snapshotter.cost_s()

@@ -56,6 +56,8 @@ class Snapshots(Protocol):
 
     def has_room(self) -> bool: ...
 
+    def staged(self, step: int) -> dict[Piece, Tensor]: ...
+
     def why_not_ready(self) -> str: ...
 
 
@@ -266,7 +268,16 @@ class Trainer:
         reason = f"the training state of rank {', '.join(map(str, ranks))} changed after step {step} though nobody wrote to it"
         if self._changed:
             print(f"integrity: {self._changed} of this rank has changed since step {step}", flush=True)
-        return Outcome("corrupt", step, clean=self._clean(), ranks=ranks, reason=reason)
+        clean = step if self._is_well_kept(step) else self._clean()
+        return Outcome("corrupt", step, clean=clean, ranks=ranks, reason=reason)
+
+    def _is_well_kept(self, step: int) -> bool:
+        """Whether the snapshot of this step was copied before anything changed, on all ranks. A collective."""
+        well = not self._changed
+        if self._changed and self._snapshots is not None and self._integrity is not None:
+            self._snapshots.gate()
+            well = self._integrity.well_kept(self._snapshots.staged(step))
+        return not self._anywhere(not well)
 
     def _clean(self) -> int:
         return -1 if self._integrity is None else self._integrity.clean

@@ -87,3 +87,14 @@ def test_every_single_bit_counts(bit: int) -> None:
     words = state[piece].view(torch.int32)
     words[777] ^= (1 << bit) if bit < 31 else -(1 << 31)
     assert sums_of(state) != before
+
+
+def test_a_copy_from_before_the_flip_is_told_from_one_of_after_it() -> None:
+    states, watches = ranks(2, 1)
+    settle(watches, 1)
+    before = {piece: tensor.clone() for piece, tensor in states[1].items()}
+    flip_bit(states[1])
+    assert watches[1].changed() == "param/weight"
+    assert watches[1].well_kept(before)
+    assert not watches[1].well_kept(states[1])
+    assert not watches[1].well_kept({})  # the copy has not all that changed: nobody knows
