@@ -1,6 +1,7 @@
 """What the record of every collective costs: one operation and one step, recorded and plain, interleaved in one run.
 
     python benchmarks/recorder.py
+    python benchmarks/recorder.py --write        the table goes to benchmarks/results/recorder.md as well
 
 Two groups of the same two processes, one made before the recorder was installed and one after, take turns. An operation
 is measured in processor time of the process (both its threads), which a busy machine disturbs less than wall time, in a
@@ -11,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +26,18 @@ import torch.distributed as dist
 from parallel.record import Phase
 from parallel.recorder import install
 
+RESULTS = Path(__file__).parent / "results"
+PAGE = """# What recording costs
+
+Two processes on gloo, the same operations on a recorded and on a plain group in turns, medians of the paired differences; cores {cores},
+load at the end {load:.1f}. Wanted: under 2 us an operation, under 0.5% of a step.
+
+```
+{table}
+```
+
+A step has one or two marks. A negative difference is the noise of the machine.
+"""
 Clock = Callable[[], float]
 Operation = Callable[[], object]
 
@@ -52,17 +68,25 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--pairs", type=int, default=41)
+    options.add_argument("--write", action="store_true")
     chosen = options.parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
         context = multiprocessing.get_context("spawn")
-        workers = [context.Process(target=_rank, args=(r, f"{place}/store", chosen.pairs)) for r in range(2)]
+        said = context.SimpleQueue()
+        workers = [context.Process(target=_rank, args=(r, f"{place}/store", chosen.pairs, said)) for r in range(2)]
         for worker in workers:
             worker.start()
+        table = said.get()
         for worker in workers:
             worker.join()
+    print(table)
+    if chosen.write:
+        (RESULTS / "recorder.md").write_text(PAGE.format(table=table, cores=os.cpu_count(), load=os.getloadavg()[0]))
 
 
-def _rank(rank: int, place: str, pairs: int) -> None:
+def _rank(rank: int, place: str, pairs: int, said: Any) -> None:
+    lines: list[str] = []
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(place, 2), rank=rank, world_size=2)
     alone = [dist.new_group([r]) for r in range(2)][rank]
@@ -71,7 +95,7 @@ def _rank(rank: int, place: str, pairs: int) -> None:
     alone_recorded = [dist.new_group([r]) for r in range(2)][rank]
     both_recorded = dist.new_group([0, 1])
     if rank == 0:
-        print(f"{'':34}{'plain':>12}{'recorded':>12}{'difference':>12}")
+        lines.append(f"{'':34}{'plain':>12}{'recorded':>12}{'difference':>12}")
     dist.barrier(both)
     small, large = torch.ones(1), torch.ones(1 << 16)
     weights = torch.randn(256, 256)
@@ -100,10 +124,11 @@ def _rank(rank: int, place: str, pairs: int) -> None:
         if rank == 0 or together:
             a, b, difference = compare(plain, recorded, pairs=pairs, repeats=repeats, clock=clock)
         if rank == 0:
-            print(f"{name:34}{a * 1e6:9.2f} us{b * 1e6:9.2f} us{difference * 1e6:9.2f} us  {difference / a:+.2%}")
+            lines.append(f"{name:34}{a * 1e6:9.2f} us{b * 1e6:9.2f} us{difference * 1e6:9.2f} us  {difference / a:+.2%}")
     if rank == 0:
         marked = seconds_each(lambda: recorder.mark(1, Phase.TRAIN), 100_000, time.process_time)
-        print(f"{'mark':34}{'':12}{marked * 1e6:9.2f} us")
+        lines.append(f"{'mark':34}{'':12}{marked * 1e6:9.2f} us")
+        said.put("\n".join(lines))
     dist.barrier(both)
 
 
