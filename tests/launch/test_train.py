@@ -68,19 +68,19 @@ def test_a_model_of_the_users_own_trains_from_their_directory_and_every_sink_get
     [example] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
     (place / "my_model.py").write_text(example)
     sinks = ["monitor.csv=true", "monitor.tensorboard=true", "monitor.prometheus=true", "monitor.eval_samples=8", "cluster.preflight=true"]
-    words = ["model._target_=my_model.Memory", "model.dim=64", "model.num_layers=4", "data=synthetic", "optim.num_steps=8"]
+    words = ["model._target_=my_model.Memory", "model.dim=64", "model.num_layers=4", "data=synthetic", "optim.num_steps=40"]
     process = train(*words, "optim.global_batch=8", "cluster.num_nodes=2", "layout.dp=1", *sinks, cwd=place, run=run)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, f"{out}\n{err}"
     assert "stranger" not in err and "Traceback" not in err
 
     rows = run_dir.metrics(run)
-    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in rows] == list(range(1, 41)) and rows[-1]["loss"] < rows[0]["loss"]
     assert all(0 < row["mfu"] < 1 for row in rows)
     with (run / "metrics.csv").open() as lines:
         table = list(csv.DictReader(lines))
     assert [float(row["loss"]) for row in table if row["loss"]] == [row["loss"] for row in rows]
-    assert [row["step"] for row in table if row["val_loss"]] == ["8"]
+    assert [row["step"] for row in table if row["val_loss"]] == ["40"]
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert (run / "prometheus_url").read_text().startswith("http://127.")
     assert "n1 -> n0" in (run / "preflight.txt").read_text()
