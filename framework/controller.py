@@ -25,9 +25,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fault_tolerance.catalogue import Snapshot
 from fault_tolerance.verdict import Kind, Verdict
 from framework import run_dir
+from framework.closing import Closing
 from framework.cluster import CallError, Cluster, wait_all
 from framework.config import decode
 from framework.crew import Crew, muster
@@ -56,7 +56,6 @@ KEEP_S = 0.5
 LOOK_S = 0.2  # at most: a rank that ends is seen at once
 ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
 STOP_S = 60.0
-CLOSE_OUT_S = 600.0
 ROWS_S = 3.0
 SLOW_START_S = 10.0
 GROW_LOOK_S = 0.5  # how often it is asked whether growing would pay
@@ -80,6 +79,16 @@ class Controller:
         self._journal.checkpoint_age_s = lambda: self._durable.age_s
         self._specs = self._planner.atlas(Layout(), "1f1b").specs
         self._pool = Pool(self._cluster, logs=self._journal.logs, agent=agent, worker=worker)
+        self._closing = Closing(
+            self._config,
+            cluster=self._cluster,
+            journal=self._journal,
+            memory=self._memory,
+            durable=self._durable,
+            pool=self._pool,
+            specs=self._specs,
+            keep=self._keep,
+        )
         self._members = Membership(bar_s=self._config.detect.quarantine_s)
         self._members.recall(run_dir.events(self._config.run_dir), time.time())
         self._stop = threading.Event()
@@ -126,18 +135,18 @@ class Controller:
                     continue
                 done = self._journal.reached >= self._config.optim.num_steps
                 status = "finished" if done or not self._stop.is_set() else "interrupted"
-                closing = self._close_out(status)
+                closing = self._closing.close_out(status)
                 if not isinstance(closing, Trouble):
                     return self._end(status, closing=closing)
-                trouble = self._count(closing)
+                trouble = self._put_aside(closing)
         except Stopped:
             return self._end("interrupted")
         except Unfit as refusal:
             return self._end("unfit", reason=str(refusal))
         except Refused as refusal:
-            return self._end("no_progress" if isinstance(refusal, NoProgress) else "failed", reason=self._last_word(refusal))
+            return self._end("no_progress" if isinstance(refusal, NoProgress) else "failed", reason=self._closing.last_word(refusal))
         except (ClusterError, CallError) as error:
-            return self._end("failed", reason=self._last_word(error))
+            return self._end("failed", reason=self._closing.last_word(error))
         except Exception as error:  # a fault of ours: the run must not end without a word all the same
             traceback.print_exc()
             return self._end("failed", reason=f"a fault of holdfast, see logs/controller.log: {type(error).__name__}: {error}")
@@ -159,7 +168,7 @@ class Controller:
         except (PoolError, ClusterError) as error:
             if isinstance(error, PoolError) and error.complaint:
                 raise Unfit(error.complaint) from error
-            return self._count(self._unmustered(plan, error))
+            return self._put_aside(self._unmustered(plan, error))
         self._response = self._respond(crew)
         try:
             ended = self._watch(crew)
@@ -345,13 +354,10 @@ class Controller:
                 self._pool.start([f"{place.node}.{slot}" for slot in range(place.slots)])
 
     def _unmustered(self, plan: Plan, error: Exception) -> Trouble:
-        """Why a crew could not be called together; whoever is gone is off the books afterwards."""
+        """Why a crew could not be called together."""
         gone = tuple(node for node in plan.nodes if not self._cluster.confirm(node))
         ranks = tuple(rank for node in gone for rank in plan.ranks_on(node))
-        trouble = Trouble("node_loss" if gone else "crash", ranks, gone, str(error), plan.source.step, time.time())
-        self._journal.trouble(trouble, plan)
-        self._bury(gone)
-        return trouble
+        return Trouble("node_loss" if gone else "crash", ranks, gone, str(error), plan.source.step, time.time())
 
     # watch
 
@@ -605,83 +611,21 @@ class Controller:
             raise NoProgress(f"step {step + 1} failed {self._failures[step]} times in a row; the last time: {trouble}")
         return trouble
 
-    def _last_word(self, error: Exception) -> str:
-        """Why it cannot go on, what still exists, and how to go on from that."""
-        self._salvage()
-        kept = self._durable.newest()
-        if kept is not None:
-            return f"{error}; a checkpoint of step {kept.step} exists: go on with resume={kept.path}"
-        return (
-            f"{error}; no checkpoint exists: start again, with fault_tolerance.tolerate raised or "
-            "fault_tolerance.durable.every_steps set"
-        )
-
-    def _salvage(self) -> None:
-        """Save the newest snapshot that is whole, so that a run that cannot go on here can somewhere else."""
-        plan, kept = self._journal.plan, self._durable.newest()
-        self._memory.look(self._pool.agents)
-        snapshot = self._memory.snapshot
-        if plan is None or snapshot is None or snapshot.generation != plan.generation or snapshot.missing:
-            return
-        if snapshot.step > (kept.step if kept is not None else 0):
-            self._durable.finish()
-            self._durable.begin(plan, snapshot.step, self._pool.agents, self._specs)
-            self._durable.finish()
-            self._keep(plan)
-
     def _end(self, status: str, reason: str = "", closing: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write the last word: what the run came to, or what is lost and how to go on."""
         exit_code = {"finished": 0, "unfit": 2, "interrupted": 130, "no_progress": 4}.get(status, 3)
         return self._journal.summary(status, reason=reason, closing=closing or {}, exit_code=exit_code)
 
-    def _close_out(self, status: str) -> dict[str, Any] | Trouble:
-        """Save the last state if that is wished, and have a worker read it once more, whole.
-
-        Returns the trouble instead, if a machine was lost meanwhile: the state is then taken over once more.
-        """
-        plan = self._journal.plan
-        self._memory.look(self._pool.agents)
-        snapshot = self._memory.snapshot
-        if plan is None or snapshot is None or snapshot.step != self._journal.reached:
-            return {}
-        self._keep(plan)
-        self._durable.finish()
-        wish = self._config.fault_tolerance.durable
-        if wish.at_end if status == "finished" else wish.on_signal:
-            self._durable.begin(plan, snapshot.step, self._pool.agents, self._specs)
-            self._durable.finish()
-            self._keep(plan)
-        closing = self._read_once_more(plan, snapshot, finished=status == "finished")
-        gone = [node for node in plan.nodes if not self._cluster.confirm(node)]
-        if not gone and not self._memory.lost:
-            return closing
-        trouble = Trouble(
-            "node_loss" if gone else "crash",
-            tuple(rank for node in gone for rank in plan.ranks_on(node)),
-            tuple(gone or sorted(self._memory.lost)),
-            "lost while the last state was saved",
-            self._journal.reached,
-            time.time(),
-        )
-        self._journal.trouble(trouble, plan)
-        self._bury(gone)
-        for node in self._memory.lost:
-            self._pool.forget_agent(node)
-        return trouble
-
-    def _read_once_more(self, plan: Plan, snapshot: Snapshot, *, finished: bool) -> dict[str, Any]:
-        """By whichever worker can."""
-        reason = "no worker is left"
-        for seat in plan.seats:
-            remote = self._pool.workers.get(seat.worker)
-            if remote is None or not self._cluster.confirm(seat.node):
-                continue
-            try:
-                return dict(remote.call("close_out", snapshot.to_json(), finished).result(CLOSE_OUT_S))
-            except (CallError, TimeoutError) as error:
-                reason = str(error)
-        self._journal.event("trouble", reason=f"the last state could not be read: {reason}", cause="close_out")
-        return {}
+    def _put_aside(self, trouble: Trouble) -> Trouble:
+        """Trouble that came when no crew was at work: the incident is opened, and the dead go off the books."""
+        if self._journal.plan is not None:
+            self._journal.trouble(trouble, self._journal.plan)
+        for node in trouble.nodes:
+            if trouble.kind == "node_loss":
+                self._bury([node])
+            else:
+                self._pool.forget_agent(node)
+        return self._count(trouble)
 
 
 class NoProgress(Refused):
