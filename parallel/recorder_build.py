@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -84,6 +85,7 @@ def load(*, compile: bool = True) -> ModuleType:
         raise BuildError(f"recorder: the extension must compile and load, got {_line(error)}") from error
 
 
+@functools.cache
 def _key() -> str:
     text = SOURCE.read_text() + importlib.metadata.version("torch") + sys.version
     return hashlib.sha256(text.encode()).hexdigest()[:16]
