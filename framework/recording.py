@@ -45,8 +45,11 @@ class Recording:
     def begin(self) -> bool:
         """Record the groups that exist from here on. Returns whether it is on now."""
         self._install()
-        if self._recorder is not None:
-            self._recorder.attach_all()
+        try:
+            if self._recorder is not None:
+                self._recorder.attach_all()
+        except Exception as error:  # whatever torch's groups are made of: training goes on without
+            self._recorder, self._failed, self.reason = None, True, f"{type(error).__name__}: {error}"
         self._tell(standing(self))
         return self.on
 

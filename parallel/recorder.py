@@ -89,7 +89,8 @@ class Recorder:
     def attach_all(self) -> None:
         """Record all groups that exist. Every rank must do it between the same two operations, or numbers differ."""
         for group, ranks in list(c10d._world.pg_group_ranks.items()):
-            self.attach(group, sorted(ranks, key=lambda rank: ranks[rank]))
+            if isinstance(group, dist.ProcessGroup):  # there is a number among them for the groups of others
+                self.attach(group, sorted(ranks, key=lambda rank: ranks[rank]))
 
     def close(self) -> None:
         """Stop recording new groups. Existing ones go on."""

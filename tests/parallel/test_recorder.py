@@ -300,3 +300,26 @@ def test_a_mark_tells_how_long_its_thread_was_kept_from_running(tmp_path):
     first, second = decode(ring.RingReader(fd).read()).records
     recorder.close()
     assert 0 <= second.bytes - first.bytes < 60e9
+
+
+def _recorded_late(rank: int, recorder: None) -> list[tuple[int, int, str]]:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("pp", "dp"))
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    fully_shard(model, mesh=mesh["dp"])
+    for step in range(3):
+        model(torch.ones(2, 8)).sum().backward()
+        dist.all_reduce(torch.ones(1))
+        if step == 0:  # the build is there now, and all ranks have just agreed on it
+            fd = ring.create("late")
+            late = install(fd, rank=rank)
+            late.attach_all()
+    seen = decode(ring.RingReader(fd).read())
+    return [(r.group, r.seq, r.op.name) for r in seen.records]
+
+
+def test_groups_that_were_made_before_are_recorded_from_the_same_operation_on():
+    # The first run on a machine begins before the extension is compiled; FSDP2's groups must be seen all the same.
+    with ranks(2, _recorded_late, record=False) as started:
+        first, second = (started.result(rank) for rank in range(2))
+    assert first == second
+    assert {"ALLGATHER_BASE", "REDUCE_SCATTER_BASE", "ALLREDUCE"} <= {op for _, _, op in first}
