@@ -118,7 +118,9 @@ if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
         if len(sys.argv) == 2:
             _torchrun(json.loads(sys.argv[1]))
-        else:
+        elif len(sys.argv) == 3:
             from benchmarks import recovery_loop  # so that Ray finds its functions by their module
 
             recovery_loop._ray_train(sys.argv[1], json.loads(sys.argv[2]))
+        else:
+            print("started by benchmarks/recovery.py")
