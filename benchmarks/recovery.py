@@ -102,13 +102,13 @@ def hurt(system: str, fault: str, steps: Steps, at: int, kill: Callable[[], None
     """Kill when step `at` is seen, and tell what followed."""
     steps.wait(lambda: steps.last >= at, START_S, alive)
     pace = [t for t, _, _ in steps.seen[-21:]]
-    life, began = steps.seen[-1][2], time.monotonic()
+    before, life, began = len(steps.seen), steps.seen[-1][2], time.monotonic()
     kill()
     steps.wait(lambda: steps.seen[-1][2] != life, RECOVER_S, alive)
     taken = max(step for _, step, who in steps.seen if who == life)  # some of it is seen only after the kill
-    first = next((t, step) for t, step, who in steps.seen if who != life)
+    first = next((t, step) for t, step, who in steps.seen[before:] if who != life)
     steps.wait(lambda: steps.last > taken, RECOVER_S, alive)
-    new = next(t for t, step, who in steps.seen if who != life and step > taken)
+    new = next(t for t, step, who in steps.seen[before:] if who != life and step > taken)
     found = Outcome(
         system, fault, first[0] - began, new - began, taken + 1 - first[1], (pace[-1] - pace[0]) / max(1, len(pace) - 1)
     )
