@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the run directories below /tmp/hfnet*")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     missing = why_not()
     if missing is not None:
         sys.exit(missing)

@@ -147,7 +147,9 @@ def torchrun(options: argparse.Namespace, folder: Path) -> Iterator[Outcome]:
         f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=bench", "--local-addr=127.0.0.1", "--monitor-interval=0.1",
         "--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2", LOOP, json.dumps(job),
     ]  # fmt: skip
-    ours = {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    ours = {
+        "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }  # fmt: skip
     with contextlib.ExitStack() as stack:
         agents = []
         for node in range(NODES):
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="add to the rounds that were measured before")
     parser.add_argument("--dry", action="store_true", help="write no results")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     outcomes: list[dict[str, Any]] = []
     if options.more and (RESULTS / "recovery.json").exists():
         outcomes = json.loads((RESULTS / "recovery.json").read_text())["outcomes"]

@@ -87,6 +87,9 @@ def _load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path
 
 
 def _torchrun(job: dict[str, Any]) -> None:
+    # Agents count restarts each for itself, and ranks look for each other under that number: after a failure on one node they
+    # would wait for ever. Every rendezvous has a store of its own here (TORCH_DISABLE_SHARE_RDZV_TCP_STORE), so any will do.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
     dist.init_process_group("gloo")
     train(job, os.environ["BENCH_NODE"])
 
