@@ -16,7 +16,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -356,11 +356,14 @@ class Cluster:
                     )
             return self._groups[node.ray_id]
 
-    def _remove_groups(self) -> None:
-        for row in ray.util.placement_group_table().values():
-            if row["name"].startswith(namespace(self.run_id) + ":") and row["state"] != "REMOVED":
+    def _remove_groups(self, ids: Collection[str] | None = None) -> None:
+        """Give up reservations: all, or those of these lives of machines, which Ray would try to place again for ever, before
+        any other.
+        """
+        for name in self._group_names() if ids is None or ids else ():
+            if ids is None or name.rpartition(":")[2] in ids:
                 with contextlib.suppress(ValueError):
-                    remove_placement_group(get_placement_group(row["name"]))
+                    remove_placement_group(get_placement_group(name))
 
     def _node(self, row: Mapping[str, Any], name: str, draining: set[str]) -> Node:
         resources, labels = row["Resources"], dict(row.get("Labels") or {})
@@ -382,13 +385,17 @@ class Cluster:
 
     def _reserved(self) -> set[str]:
         """The nodes that this run holds already, by the id in their reservation's name."""
-        mine = f"{namespace(self.run_id)}:"
-        rows = ray.util.placement_group_table().values()
-        return {r["name"].rpartition(":")[2] for r in rows if r["name"].startswith(mine) and r["state"] != "REMOVED"}
+        return {name.rpartition(":")[2] for name in self._group_names()}
+
+    def _group_names(self) -> list[str]:
+        """The names of this run's reservations that stand."""
+        mine, rows = f"{namespace(self.run_id)}:", ray.util.placement_group_table().values()
+        return [str(row["name"]) for row in rows if row["name"].startswith(mine) and row["state"] != "REMOVED"]
 
     def _lacks(self) -> tuple[tuple[Node, ...], dict[str, str]]:
         """All machines, and what keeps each from holding its workers."""
-        nodes, reserved, free = self.nodes(), self._reserved(), ray_state.available_resources_per_node()
+        reserved, nodes, free = self._reserved(), self.nodes(), ray_state.available_resources_per_node()  # in this order:
+        self._remove_groups(reserved - {node.ray_id[:ID_CHARS] for node in nodes if node.alive})  # what is held was alive
         return nodes, {n.name: self._lack(n, free.get(n.ray_id, {}), n.ray_id[:ID_CHARS] in reserved) for n in nodes}
 
     def _lack(self, node: Node, free: Mapping[str, float], reserved: bool) -> str:
