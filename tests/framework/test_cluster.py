@@ -203,6 +203,8 @@ def test_a_killed_node_fails_its_calls_at_once_and_comes_back_under_its_name(clu
     machines.add("n2")
     wait_until(lambda: node_of(cluster, "n2").alive)
     assert node_of(cluster, "n2").ray_id != life
+    wait_until(lambda: "n2" in {node.name for node in cluster.usable()})
+    wait_until(lambda: life[:12] not in cluster._reserved())  # else Ray would place it again, before any other
     again = cluster.start_worker("n2", "n2.0", THING, {"start": 1})
     assert again.call("add", 1).result(START_S) == 2
     again.kill()
