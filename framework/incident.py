@@ -39,7 +39,8 @@ class Trouble:
     def __str__(self) -> str:
         who = f"rank {', '.join(map(str, self.ranks))}" if self.ranks else "no rank"
         where = f" on {', '.join(self.nodes)}" if self.nodes else ""
-        return f"{self.kind}: {who}{where}: {self.evidence}"
+        told = "" if self.evidence.startswith(f"{who}{where}") else f"{who}{where}: "
+        return f"{self.kind}: {told}{self.evidence}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from framework.incident import Trouble
 from framework.plan import Plan, Seat, Source
 from framework.watch import Ended, Limits, Sight, judge
 from parallel.layout import Layout
@@ -96,3 +97,10 @@ def test_a_process_that_was_asked_to_leave_is_named_by_its_rank_and_a_whole_node
     assert (alone.ranks, alone.nodes, alone.evidence) == ((3,), ("n1",), "the process of rank 3 asked to leave by SIGTERM")
     whole = judge(see(leaving=frozenset({2, 3}), draining=frozenset({"n1"})), PLAN, LIMITS)
     assert whole is not None and (whole.ranks, whole.evidence) == ((2, 3), "n1 asked to leave")
+
+
+def test_who_is_in_trouble_is_said_once() -> None:
+    # "hang: rank 2 on n1: rank 2 on n1 did not come to ..." was what a person had to read.
+    hung = Trouble("hang", (2,), ("n1",), "rank 2 on n1 did not come to allreduce #4", 7, 0.0)
+    assert str(hung) == "hang: rank 2 on n1 did not come to allreduce #4"
+    assert str(replace(hung, evidence="does not answer")) == "hang: rank 2 on n1: does not answer"
