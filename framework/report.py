@@ -145,7 +145,7 @@ def _tiles(run: Run) -> str:
         "incidents": str(len(incidents(run))),
         "goodput": f"{summary['goodput']:.1%}" if summary.get("goodput") is not None else "–",
         "wall clock": duration(wall) if wall is not None else "–",
-        "state digest": str(digest)[:10] if digest else "–",
+        "state digest": str(digest)[:12] if digest else "–",
     }
     cells = (f'<div class="tile"><b>{escape(value)}</b><span>{name}</span></div>' for name, value in tiles.items())
     return f'<section class="tiles">{"".join(cells)}</section>\n'
