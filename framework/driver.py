@@ -31,6 +31,7 @@ from framework.run_dir import RunDir
 from framework.startup import Startup
 from framework.telemetry import Telemetry
 from parallel.deepspeed_library import check_installed
+from parallel.recorder_build import build_beside
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
 FOLLOW_S = 0.25
@@ -55,6 +56,7 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
     directory.close()
     progress = make_progress(config.monitor.progress, num_steps=config.optim.num_steps)
     shown = Telemetry({} if progress is None else {"progress": progress})
+    build_beside()  # by the process that was typed: what the run's processes start ends with the run
     try:
         with _Interrupts() as interrupts, _opened(config, run_id, startup, early) as cluster:
             shown.event(_notice(f"cluster up after {startup.total_s:.1f} s; run directory {config.run_dir}"))

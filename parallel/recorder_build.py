@@ -4,7 +4,7 @@
 
 One process compiles (about 35 s) under a file lock while the others wait for it; the result appears by one rename, so
 that a compilation that was killed leaves nothing that could be loaded. A run does not wait: it has the build started
-beside it (`python -m parallel.recorder_build`, at the lowest priority) and takes the result up when it is there.
+beside it (`python -m parallel.recorder_build`, at a low priority) and takes the result up when it is there.
 
 Rule of this file: it either returns the extension or raises BuildError with the reason in one line.
 """
@@ -136,7 +136,7 @@ def _line(error: Exception) -> str:
 
 def main() -> int:
     """Compile, unless another process is at it. Returns an exit code."""
-    os.nice(19)
+    os.nice(10)
     path = library()
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / "lock").open("w") as file:
