@@ -371,6 +371,8 @@ class Controller:
             if crew.finished or time.monotonic() - kept >= KEEP_S:
                 kept = time.monotonic()
                 self._keep(crew.plan)
+                if self._durable.newly_requested():
+                    crew.request_snapshot()
             if crew.finished:
                 self._journal.take(crew.last_words(), crew.plan)
                 if leaving is not None and leaving.kind == "preemption":  # meanwhile more of a node may have been told

@@ -116,6 +116,10 @@ class Crew:
             if view.ended is None:
                 view.remote.call("request_stop", self.plan.generation)
 
+    def request_snapshot(self) -> None:
+        """Have the crew take a snapshot at the next step boundary."""
+        self.ranks[0].remote.call("request_snapshot", self.plan.generation)
+
     def request_test(self) -> None:
         """Have the ranks measure each other at the next step boundary."""
         self.ranks[0].remote.call("request_test", self.plan.generation)

@@ -91,6 +91,7 @@ class Durable:
         self._rejected: set[str] = set()
         self._saved = -1
         self._saved_at = time.time()
+        self._asked = False
 
     @property
     def age_s(self) -> float | None:
@@ -117,6 +118,11 @@ class Durable:
         """Whether the snapshot of a step is to be saved, by the interval or on demand."""
         every = self._wish.every_steps
         return self._requested() or (every > 0 and step // every > max(self._saved, 0) // every)
+
+    def newly_requested(self) -> bool:
+        """Whether a checkpoint was asked for since the last time; its snapshot is not to wait for the interval."""
+        before, self._asked = self._asked, self._requested()
+        return self._asked and not before
 
     def begin(self, plan: Plan, step: int, agents: Mapping[str, Remote], specs: tuple[TensorSpec, ...]) -> bool:
         """Save the protected snapshot of a step in the background. False if a save is under way."""

@@ -75,7 +75,8 @@ class Record(Protocol):
 class TrainSettings:
     """The numbers the loop needs. `tokens_per_step` is that of the global batch.
 
-    `interval` is how often to snapshot, by what one costs and a step takes, in seconds; 0 steps means never. `mfu` is the
+    `interval` is how often to snapshot, by what one costs and a step takes, in seconds; 0 steps means never. One is taken
+    whenever `durable_every` steps are full, too, for storage. `mfu` is the
     model FLOPs utilisation of a step of so many seconds, on the rank that reports.
     """
 
@@ -87,6 +88,7 @@ class TrainSettings:
     held_out_tokens: int
     interval: Callable[[float, float], Interval]
     max_skips: int
+    durable_every: int = 0
     mfu: Callable[[float], float] | None = None
     spike_sigma: float | None = None
 
@@ -116,6 +118,7 @@ class Report:
     defer: bool
     record: bool
     test: bool
+    wanted: bool
     corrupt: bool
     snapshot_cost_s: float
     step_time_s: float
@@ -150,7 +153,7 @@ class Trainer:
         self._guard = NumericGuard(spike_sigma=settings.spike_sigma, max_skips=settings.max_skips)
         self._own_loss = 0.0
         self._changed = ""
-        self._stop, self._test = threading.Event(), threading.Event()
+        self._stop, self._test, self._want = threading.Event(), threading.Event(), threading.Event()
         self._pass_s = 0.0
         self._last_step_s = 0.0
         self._last_snapshot = -1
@@ -162,6 +165,10 @@ class Trainer:
     def request_stop(self) -> None:
         """Ask all ranks, through this one, to end at the next step boundary."""
         self._stop.set()
+
+    def request_snapshot(self) -> None:
+        """Have all ranks take a snapshot at the next step boundary, whatever the interval says."""
+        self._want.set()
 
     def request_test(self) -> None:
         """Ask all ranks, through this one, for a pair test at the next step boundary."""
@@ -224,10 +231,10 @@ class Trainer:
         defer = self._snapshots is not None and not self._snapshots.ready()
         cost = 0.0 if self._snapshots is None else self._snapshots.cost_s()
         ready = self._record is not None and self._record.ready()
-        local = [float(self._stop.is_set()), float(defer), float(ready), float(self._test.is_set()), float(bool(self._changed)), cost, self._last_step_s]
+        local = [float(self._stop.is_set()), float(defer), float(ready), float(self._test.is_set()), float(bool(self._changed)), float(self._want.is_set()), cost, self._last_step_s]
         sums = torch.stack([loss.double(), self._engine.grad_square_sum().double()])
         sums = torch.cat([sums, torch.tensor(local, dtype=torch.float64, device=sums.device)])
-        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, changed_sum, cost_sum, time_sum = self._sum(sums).tolist()
+        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, changed_sum, want_sum, cost_sum, time_sum = self._sum(sums).tolist()
         if self._integrity is not None and changed_sum == 0:
             self._integrity.passed()
         return Report(
@@ -237,6 +244,7 @@ class Trainer:
             defer=defer_sum > 0,
             record=ready_sum == self._num_ranks,
             test=test_sum > 0,
+            wanted=want_sum > 0,
             corrupt=changed_sum > 0,
             snapshot_cost_s=cost_sum / self._num_ranks,
             step_time_s=time_sum / self._num_ranks,
@@ -305,7 +313,8 @@ class Trainer:
         if due and interval.reason and abs(interval.steps - self._said_every) * 4 > self._said_every:
             self._said_every = interval.steps
             self._emit({"event": "snapshot", "step": step, "every_steps": interval.steps, "reason": interval.reason})
-        return due
+        durable, before = self._settings.durable_every, max(self._last_snapshot, 0)
+        return due or report.wanted or (durable > 0 and step // durable > before // durable)
 
     def _take(self, step: int, report: Report, *, last: bool) -> None:
         if report.defer and not last:
@@ -325,6 +334,7 @@ class Trainer:
         samples = step * self._settings.global_batch
         self._snapshots.begin(step, {"step": step, "samples": samples}, self._engine.state())
         self._last_snapshot = step
+        self._want.clear()
         self._faults.at(step, "encode")
         self._faults.at(step, "transfer")
 

@@ -113,6 +113,11 @@ class Worker:
         if generation == self._generation and trainer is not None:
             trainer.request_stop()
 
+    def request_snapshot(self, generation: int) -> None:
+        """Take a snapshot at the next step boundary, with all ranks."""
+        if generation == self._generation and self._trainer is not None:
+            self._trainer.request_snapshot()
+
     def request_test(self, generation: int) -> None:
         """Have all ranks measure each other at the next step boundary."""
         if generation == self._generation and self._trainer is not None:
@@ -308,6 +313,7 @@ class Worker:
             held_out_tokens=held_out_tokens,
             interval=lambda cost_s, step_s: fixed(every) if isinstance(every, int) else young(cost_s, step_s, mtbf_s),
             max_skips=config.detect.max_skips,
+            durable_every=config.fault_tolerance.durable.every_steps,
             mfu=mfu,
             spike_sigma=config.detect.spike_sigma,
         )

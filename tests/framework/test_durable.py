@@ -98,8 +98,9 @@ def test_on_demand_is_asked_by_a_file_and_answered_once(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir(parents=True)
     (tmp_path / "control" / "checkpoint").touch()
     assert keeper.due(3)
+    assert (keeper.newly_requested(), keeper.newly_requested()) == (True, False), "the crew is asked once"
     save(keeper, 3, Agent())
-    assert not keeper.due(4)
+    assert not keeper.due(4) and not keeper.newly_requested()
 
 
 def test_a_run_that_continues_another_keeps_its_identity_in_wandb(tmp_path: Path) -> None:
