@@ -10,6 +10,7 @@ faults that may pass by themselves are retried: a full disk is not.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -168,7 +169,13 @@ class LocalStorage:
     def sizes(self) -> dict[str, int]:
         if not self._path.is_dir():
             return {}
-        return {e.name: e.stat().st_size for e in os.scandir(self._path) if e.is_file()}
+        found: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._path) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # a writer has just renamed its hidden file
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
+        return found
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:

@@ -94,6 +94,22 @@ def test_a_full_disk_fails_the_save_and_harms_nothing(small_disk: Path) -> None:
     assert newest(str(small_disk)) == str(small_disk / "step_000020")
 
 
+def test_looking_into_a_directory_that_is_being_written_is_no_error(tmp_path: Path) -> None:
+    """`checkpoint save --wait` and `ls` of a live run met the hidden file that a commit was about to rename."""
+    storage, done = open_storage(str(tmp_path)), threading.Event()
+
+    def write() -> None:
+        for _ in range(150):
+            storage.write("index.json", lambda: [np.zeros(64, np.uint8)])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        assert storage.sizes().get("index.json", 64) == 64
+    writer.join()
+
+
 @pytest.mark.slow
 def test_a_disk_that_answers_eio_in_the_middle_fails_the_save_and_keeps_the_older_one(disk: Disk) -> None:
     specs = decoder_specs(dim=256, ffn_dim=600, vocab=400)
