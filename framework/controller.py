@@ -21,44 +21,38 @@ import contextlib
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from fault_tolerance.verdict import Kind, Verdict
-from framework import run_dir
 from framework.closing import Closing
 from framework.cluster import CallError, Cluster, wait_all
 from framework.config import decode
 from framework.crew import Crew, muster
-from framework.doctor import examine, words
 from framework.durable import Durable
 from framework.incident import Trouble
+from framework.inventory import LOOK_S, Inventory, Stopped
 from framework.journal import Journal
-from framework.membership import Membership, News
 from framework.memory import Memory
-from framework.nodes import ClusterError, Node, joined
-from framework.plan import Place, Plan, Refused, Source, choose, expected_s, make_plan, options, worth_growing
+from framework.nodes import ClusterError
+from framework.plan import Plan, Refused, Source, Unfit, choose, expected_s, make_plan, options
 from framework.planner import Planner
 from framework.pool import Pool, PoolError
+from framework.preflight import preflight
 from framework.rendezvous import Rendezvous
 from framework.response import Response, as_fields
 from framework.sentinel import Sentinel, lend_rings, settings_of
 from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
 from framework.vitals import Vitals
-from framework.waiting import await_nodes
 from framework.watch import Limits, Sight, judge, notice
 from framework.weighing import Costs, Outlook
 from parallel.layout import Layout
 
 KEEP_S = 0.5
-LOOK_S = 0.2  # at most: a rank that ends is seen at once
 ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
 STOP_S = 60.0
 ROWS_S = 3.0
-SLOW_START_S = 10.0
-GROW_LOOK_S = 0.5  # how often it is asked whether growing would pay
 MAX_FAILURES = 3  # at the same step, without one step of progress between
 
 
@@ -89,13 +83,18 @@ class Controller:
             specs=self._specs,
             keep=self._keep,
         )
-        self._members = Membership(bar_s=self._config.detect.quarantine_s)
-        self._members.recall(run_dir.events(self._config.run_dir), time.time())
         self._stop = threading.Event()
+        self._inventory = Inventory(
+            self._config,
+            cluster=self._cluster,
+            journal=self._journal,
+            pool=self._pool,
+            memory=self._memory,
+            planner=self._planner,
+            stopped=self._stop.is_set,
+        )
         self._failures: dict[int, int] = {}
         self._summary: dict[str, Any] | None = None
-        self._asked_to_grow = 0.0
-        self._missing: tuple[str, ...] = ()
         self._response: Response | None = None
         self._reseated: set[str] = set()
         self._rolled_back: set[int] = set()
@@ -128,7 +127,9 @@ class Controller:
         try:
             trouble = self._inherit()
             if trouble is None and self._config.cluster.preflight:
-                self._preflight()
+                self._inventory.await_first()
+                nodes = [place.node for place in self._inventory.places()]
+                preflight(self._config, nodes, cluster=self._cluster, pool=self._pool, journal=self._journal)
             while True:
                 trouble = self._generation(trouble)
                 if trouble is not None:
@@ -186,24 +187,6 @@ class Controller:
             return ended  # not counted: what failed is not tried again
         return self._count(ended)
 
-    def _preflight(self) -> None:
-        """Examine the nodes before the first generation. Raises Refused where no training should start."""
-        self._await_nodes()
-        began = time.monotonic()
-        hosts = {node.name: node.ip for node in self._cluster.nodes() if node.name in {p.node for p in self._places()}}
-        try:
-            self._pool.ensure([f"{node}.0" for node in hosts], timeout_s=self._config.cluster.start_timeout_s)
-        except PoolError as error:
-            raise (Unfit(error.complaint) if error.complaint else Refused(f"preflight: {error}")) from error
-        agents = {node: self._pool.agents[node] for node in hosts}
-        checkup = examine(agents, hosts, one_machine=self._cluster.control is not None)
-        (Path(self._config.run_dir) / "preflight.txt").write_text(words(checkup) + "\n")
-        found = [finding.reason for finding in checkup.findings]
-        reason = "; ".join(found) or f"{len(hosts)} nodes and the ways between them are alike"
-        self._journal.event("preflight", reason=reason, findings=found, nodes=sorted(hosts), preflight_s=time.monotonic() - began)
-        if any(finding.must for finding in checkup.findings):
-            raise Refused(f"preflight: {reason}; see preflight.txt, or use cluster.preflight=false")
-
     # look and plan
 
     def _inherit(self) -> Trouble | None:
@@ -235,37 +218,10 @@ class Controller:
                 with contextlib.suppress(CallError):
                     self._journal.adopt(call.result(0))
 
-    def _places(self) -> tuple[Place, ...]:
-        """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine."""
-        seen = self._cluster.nodes()
-        self._see(seen)
-        nodes = [n for n in seen if n.alive and not n.head and n.name not in self._members.out]
-        silent = self._cluster.unanswering(n.name for n in nodes)
-        nodes = [n for n in nodes if n.name not in silent]
-        self._pool.reap(nodes)
-        able = {n.name for n in self._cluster.usable()} & {n.name for n in self._members.usable(seen, time.time())}
-        wish, warm = self._config.cluster, {n.name: self._pool.warm(n.name) for n in nodes}
-        at_most = max(wish.max_nodes, wish.num_nodes + wish.spare_nodes)
-        usable = joined([n for n in nodes if n.name in able], ours=warm, at_most=at_most)
-        slots, seated = self._config.cluster.workers_per_node, () if self._journal.plan is None else self._journal.plan.nodes
-        places = [Place(n.name, slots, n.domain, warm[n.name]) for n in usable]
-        return tuple(sorted(places, key=lambda place: place.node not in seated))  # who trains now goes before spares
-
-    def _see(self, nodes: Sequence[Node]) -> None:
-        """Take in the inventory: who has joined, who is gone, who may be used again."""
-        self._tell(self._members.see(nodes, time.time(), answers=self._cluster.confirm))
-
-    def _tell(self, news: Sequence[News]) -> None:
-        seated = () if self._journal.plan is None else self._journal.plan.nodes
-        for item in news:
-            self._journal.event("node", reason=item.reason, cause=item.what, node=item.node, until=item.until)
-            if item.what == "gone" and item.node not in seated:
-                self._pool.forget(node=item.node)
-
     def _decide(self, trouble: Trouble | None) -> Plan:
         if trouble is None:
-            self._await_nodes()
-        places = self._enough(self._places())
+            self._inventory.await_first()
+        places = self._inventory.enough_places()
         self._memory.look(self._pool.agents)
         source = self._source()
         if self._journal.plan is not None:
@@ -277,36 +233,9 @@ class Controller:
             generation=generation,
             overlap=self._memory.overlap() if source.tier == "memory" else None,
             trouble=trouble,
-            seated=() if self._journal.plan is None else self._journal.plan.nodes,
+            seated=self._inventory.seated,
         )
         return make_plan(self._run_id, self._planner.wish(), situation)
-
-    def _enough(self, places: tuple[Place, ...]) -> tuple[Place, ...]:
-        """With fewer nodes than the run may go on with, wait for some to come back; the state is in the memory of the others."""
-        wish, deadline = self._config.cluster, time.monotonic() + self._config.cluster.start_timeout_s
-        if 0 < len(places) < wish.min_nodes:
-            lack = f"cluster.min_nodes: {wish.min_nodes} nodes must be usable, got {len(places)}"
-            self._journal.event("node", reason=f"{lack}; waiting up to {wish.start_timeout_s:.0f} s for one to come back", cause="waiting")
-        while 0 < len(places) < wish.min_nodes and time.monotonic() < deadline and not self._stop.is_set():
-            time.sleep(LOOK_S)
-            places = self._places()
-        return places
-
-    def _await_nodes(self) -> None:
-        """Raises Unfit when the nodes do not come in time, Stopped when the run is ended meanwhile."""
-        wish = self._config.cluster
-        try:
-            there = await_nodes(
-                self._cluster,
-                num_nodes=wish.num_nodes,
-                timeout_s=wish.start_timeout_s,
-                stopped=self._stop.is_set,
-                tell=lambda text: self._journal.event("trouble", reason=text, cause="resources"),
-            )
-        except ClusterError as error:
-            raise Unfit(str(error)) from error
-        if not there:
-            raise Stopped
 
     def _source(self) -> Source:
         """Where the state comes from: the newest snapshot, else the newest checkpoint, else the seed.
@@ -344,14 +273,8 @@ class Controller:
             ping_period_s=self._config.detect.ping_period_s,
         )
         self._journal.mustered(plan, seconds=time.monotonic() - began, started=took)
-        self._warm_spares(plan)
+        self._inventory.warm_spares(plan)
         return crew
-
-    def _warm_spares(self, plan: Plan) -> None:
-        """Start agents and workers on nodes that have no rank, without waiting for them."""
-        for place in self._places():
-            if place.node not in plan.nodes:
-                self._pool.start([f"{place.node}.{slot}" for slot in range(place.slots)])
 
     def _unmustered(self, plan: Plan, error: Exception) -> Trouble:
         """Why a crew could not be called together."""
@@ -377,7 +300,7 @@ class Controller:
                 self._journal.take(crew.last_words(), crew.plan)
                 if leaving is not None and leaving.kind == "preemption":  # meanwhile more of a node may have been told
                     leaving = notice(self._sight(crew), crew.plan) or leaving
-                    if leaving.nodes and not self._places():
+                    if leaving.nodes and not self._inventory.places():
                         self.stop("every node was asked to leave")
                 return self._conclude(crew, leaving)
             sight = self._sight(crew)
@@ -412,7 +335,7 @@ class Controller:
 
     def _without(self, node: str, plan: Plan) -> Outlook:
         """What would become of a crew without one of its machines."""
-        wish, places = self._planner.wish(), tuple(p for p in self._places() if p.node != node)
+        wish, places = self._planner.wish(), tuple(p for p in self._inventory.places() if p.node != node)
         situation = self._planner.situation(places, source=plan.source, generation=plan.generation)
         scored = options(wish, situation) if len(places) >= wish.min_nodes else ()
         if not scored:
@@ -427,20 +350,13 @@ class Controller:
             if event.get("protected") and self._durable.due(event["step"]):
                 self._durable.begin(plan, event["step"], self._pool.agents, self._specs)
             if event.get("protected"):
-                self._release(plan)
+                self._inventory.release(plan)
         self._journal.tolerance = self._memory.tolerance()
         for saved in self._durable.poll():
             self._journal.event("checkpoint", **saved)
             if not saved["saved"]:
                 self._journal.event("alarm", step=saved["step"], reason=f"checkpoint: {saved['reason']}", age_s=saved["age_s"])
         self._journal.vitals |= self._vitals.poll(time.monotonic(), self._pool.agents, self._pool.workers)
-
-    def _release(self, plan: Plan) -> None:
-        """Let go of nodes that were asked to leave, now that nobody needs what their vaults hold."""
-        draining = {node.name for node in self._cluster.nodes() if node.draining} | self._members.leaving
-        for node in sorted(draining & set(self._pool.agents) - set(plan.nodes)):
-            self._pool.end_node(node)
-            self._journal.event("node", reason=f"{node} has left: nothing of the run is on it any more", cause="left", node=node)
 
     def _conclude(self, crew: Crew, leaving: Trouble | None) -> Trouble | None:
         outcomes = [view.outcome for view in crew.ranks if view.outcome is not None]
@@ -472,8 +388,7 @@ class Controller:
 
     def _sight(self, crew: Crew) -> Sight:
         now = time.monotonic()
-        nodes = self._cluster.nodes()
-        self._see(nodes)
+        nodes = self._inventory.see()
         ended = crew.ended()
         still = {} if self._response is None else self._response.still_s(now)  # who records operations is not silent
         suspects = {crew.plan.seats[r].node for r, e in ended.items() if e.how == "died"}
@@ -487,19 +402,11 @@ class Controller:
             progress=crew.progress(),
             quiet_s=min([self._journal.quiet_s(crew.began), *still.values()]),  # a step may be long and still go on
             dead_nodes=frozenset(dead),
-            draining=frozenset(n.name for n in nodes if n.draining) | self._told_to_leave(crew, nodes),
+            draining=self._inventory.leaving(crew, nodes),
             vaults_lost=self._memory.lost,
             leaving=crew.leaving(),
             collective_broken_s=now - min(broken) if broken else 0.0,
         )
-
-    def _told_to_leave(self, crew: Crew, nodes: Sequence[Node]) -> frozenset[str]:
-        """Nodes of which everything was asked to leave: what stands for them, or all that trains there."""
-        told, life = crew.leaving(), {node.name: node.ray_id for node in nodes}
-        whole = {n for n in crew.plan.nodes if n in self._memory.leaving or told.issuperset(crew.plan.ranks_on(n))}
-        for node in whole - self._members.leaving:
-            self._members.leave(node, life.get(node, ""), time.time())
-        return frozenset(whole)
 
     def _limits(self, crew: Crew) -> Limits:
         detect = self._config.detect
@@ -515,44 +422,7 @@ class Controller:
             self.stop("the program that started the run has ended")
         if self._stop.is_set():
             return Trouble("preemption", (), (), "asked to stop", self._journal.reached, time.time())
-        if time.monotonic() - self._asked_to_grow < GROW_LOOK_S:
-            return None
-        self._asked_to_grow = time.monotonic()
-        places = self._places()
-        fresh = self._fresh(crew.plan, places)
-        if not fresh:
-            return None
-        situation = self._planner.situation(
-            places, source=crew.plan.source, generation=crew.plan.generation, overlap=None, trouble=None
-        )
-        option = worth_growing(crew.plan, self._planner.wish(), situation)
-        if option is None:
-            return None
-        if not self._pool.is_ready(self._seats_on(fresh)):
-            self._explain(fresh)
-            return None
-        return Trouble("resize", (), tuple(fresh), f"{', '.join(fresh)} joined: {option}", self._journal.reached, time.time())
-
-    def _explain(self, fresh: Sequence[str]) -> None:
-        """Say why nodes that are here are not grown onto: a process of theirs failed, or does not come up."""
-        if self._pool.unready:
-            self._journal.event("node", reason=self._pool.unready, cause="unready", node=fresh[0])
-            self._pool.unready = ""
-        missing = self._pool.not_up(self._seats_on(fresh))
-        if self._members.age_s(fresh[0], time.time()) > SLOW_START_S and missing and missing != self._missing:
-            self._missing = missing
-            reason = f"{fresh[0]} is not grown onto: {', '.join(missing)} must be up, and is not for {SLOW_START_S:.0f} s"
-            self._journal.event("node", reason=reason, cause="unready", node=fresh[0])
-
-    def _fresh(self, plan: Plan, places: Sequence[Place]) -> list[str]:
-        """Nodes without a rank that have been here for a while, so that a flapping one is not grown onto; made warm."""
-        idle = [place.node for place in places if place.node not in plan.nodes]
-        self._pool.start(self._seats_on(idle))
-        settled = self._members.settled(self._cluster.nodes(), time.time())
-        return [name for name in idle if name in settled]
-
-    def _seats_on(self, nodes: Sequence[str]) -> list[str]:
-        return [f"{node}.{slot}" for node in nodes for slot in range(self._config.cluster.workers_per_node)]
+        return self._inventory.growth(crew.plan)
 
     # trouble
 
@@ -570,19 +440,13 @@ class Controller:
         for rank, view in enumerate(crew.ranks):
             if (view.ended is not None and view.ended.how == "died") or rank in stuck:
                 self._pool.forget(crew.plan.seats[rank].worker)
-        self._bury(dead)
+        self._inventory.bury(dead)
         for node in self._memory.lost:
             self._pool.forget_agent(node)
         self._adopt()
         if trouble.kind == "preemption":
             self._pool.end_workers([crew.plan.seats[rank].worker for rank in trouble.ranks])
         self._journal.cleared(seconds=time.monotonic() - began, stuck=stuck)
-
-    def _bury(self, nodes: Iterable[str]) -> None:
-        """Take machines that are gone off the books, and note how often that has happened to each."""
-        for node in nodes:
-            self._pool.forget(node=node)
-            self._tell(self._members.lost(node, time.time()))
 
     def _remedy(self, trouble: Trouble, crew: Crew) -> None:
         """Carry out what was decided about somebody slow, now that the crew has ended."""
@@ -591,7 +455,7 @@ class Controller:
                 crew.kill(rank)
                 self._pool.forget(crew.plan.seats[rank].worker)
         elif trouble.remedy in ("swap", "shrink"):
-            self._tell([self._members.evict(node, trouble.evidence, time.time()) for node in trouble.nodes])
+            self._inventory.evict(trouble.nodes, trouble.evidence)
 
     def _reject(self, plan: Plan) -> None:
         """The state that a plan started from failed its proof: the same step and tier are never tried again."""
@@ -624,7 +488,7 @@ class Controller:
             self._journal.trouble(trouble, self._journal.plan)
         for node in trouble.nodes:
             if trouble.kind == "node_loss":
-                self._bury([node])
+                self._inventory.bury([node])
             else:
                 self._pool.forget_agent(node)
         return self._count(trouble)
@@ -632,11 +496,3 @@ class Controller:
 
 class NoProgress(Refused):
     """The same step failed too often."""
-
-
-class Unfit(Refused):
-    """What the user asked for cannot be had: the message says what must hold."""
-
-
-class Stopped(Exception):  # noqa: N818  (an event, not a mistake)
-    """The run was ended before it had begun to train."""

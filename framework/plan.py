@@ -29,6 +29,10 @@ class Refused(RuntimeError):
     """No plan is possible; the message is the run's last word on why and on what is left to do."""
 
 
+class Unfit(Refused):
+    """What the user asked for cannot be had: the message says what must hold."""
+
+
 class TooFew(Refused):
     """Fewer nodes than `cluster.min_nodes`; some may come back."""
 
