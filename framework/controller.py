@@ -97,6 +97,7 @@ class Controller:
         self._summary: dict[str, Any] | None = None
         self._response: Response | None = None
         self._reseated: set[str] = set()
+        self._stuck_ways: list[tuple[str, str]] = []
         self._rolled_back: set[int] = set()
         self._vitals = Vitals()
 
@@ -331,6 +332,7 @@ class Controller:
             without=lambda node: self._without(node, crew.plan),
             costs=Costs(wish.muster_s, wish.start_worker_s),
             reseated=self._reseated,
+            stuck=self._stuck_ways,
         )
 
     def _without(self, node: str, plan: Plan) -> Outlook:

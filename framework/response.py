@@ -28,7 +28,7 @@ from framework.journal import Journal
 from framework.log_watch import LogWatch
 from framework.plan import Plan
 from framework.sentinel import Sentinel
-from framework.weighing import AGAIN, Costs, Outlook, by_test, evicted, ways_out
+from framework.weighing import AGAIN, Costs, Outlook, by_test, evicted, stuck_end, ways_out
 
 TROUBLE = {Kind.CRASH: "crash", Kind.HANG: "hang", Kind.LINK_HANG: "hang", Kind.MISMATCH: "mismatch"}
 SLOW = {Kind.SLOW_COMPUTE: "slow_compute", Kind.SLOW_LINK: "slow_link"}
@@ -57,7 +57,7 @@ class Case:
 
 class Response:
     """One crew's verdicts. `without` tells what would become of the crew without a machine; machines in `reseated` have
-    had a new process for slowness before."""
+    had a new process for slowness before; `stuck` are the ways between machines in which a transfer did not end."""
 
     def __init__(
         self,
@@ -71,8 +71,10 @@ class Response:
         without: Callable[[str], Outlook],
         costs: Costs,
         reseated: set[str],
+        stuck: list[tuple[str, str]],
     ) -> None:
         self._config, self._journal, self._plan, self._agents = config, journal, plan, agents
+        self._stuck = stuck
         self._request_test, self._without, self._costs, self._reseated = request_test, without, costs, reseated
         self._cases: dict[tuple[object, ...], Case] = {}
         self._sentinel = sentinel
@@ -204,16 +206,21 @@ class Response:
         stack = self._stack(verdict.ranks) if verdict.kind == Kind.HANG else ""
         self._tell(verdict, stack=stack)
         evidence = verdict.reason + (f"; it is in {innermost(stack)}" if stack else "")
-        whole = verdict.kind == Kind.LINK_HANG  # neither end is to be killed for what lies between them
-        return Trouble(
-            TROUBLE[verdict.kind],
-            () if whole else verdict.ranks,
-            () if whole else verdict.nodes,
-            evidence,
-            self._journal.reached,
-            time.time(),
-            self._journal.quiet_s(0.0),
+        trouble = Trouble(
+            TROUBLE[verdict.kind], verdict.ranks, verdict.nodes, evidence, self._journal.reached, time.time(), self._journal.quiet_s(0.0)
         )
+        return self._between(verdict, trouble) if verdict.kind == Kind.LINK_HANG else trouble
+
+    def _between(self, verdict: Verdict, trouble: Trouble) -> Trouble:
+        """A way is stuck: neither end is killed for what lies between them, but one that keeps being stuck is left out."""
+        first, last = verdict.link or (verdict.ranks[0], verdict.ranks[-1])
+        self._stuck.append((self._plan.seats[first].node, self._plan.seats[last].node))
+        node = stuck_end(self._stuck) if self._config.detect.action == "act" else None
+        outlook = None if node is None else self._without(node)
+        if node is None or outlook is None or outlook.ratio is None:
+            return replace(trouble, ranks=(), nodes=())
+        evidence = f"{trouble.evidence}; a way of {node} was stuck before, so it goes"
+        return replace(trouble, ranks=(), nodes=(node,), evidence=evidence, remedy="swap" if outlook.spare else "shrink")
 
     def _tell(self, verdict: Verdict, *, stack: str = "") -> None:
         if verdict.key in self._told:

@@ -70,6 +70,18 @@ def ways_out(
     return found
 
 
+def stuck_end(ways: Sequence[tuple[str, str]]) -> str | None:
+    """The machine to do without when ways (from, to) were stuck, the newest last: the end of it that most of the earlier
+    ones share, where they share both alike the sender. None if nothing of it was stuck before: then a new crew, with new
+    connections, may do.
+    """
+    *before, (sender, receiver) = ways
+    shared = {node: sum(node in way for way in before) for node in (sender, receiver)}
+    if not any(shared.values()):
+        return None
+    return receiver if shared[receiver] > shared[sender] else sender
+
+
 def evicted(verdict: Verdict) -> str:
     """The machine that would have to go: the slow one, or of a slow way the far end."""
     return verdict.nodes[-1]

@@ -90,7 +90,7 @@ class Scene:
         self.journal = Journal(config, "r", gauge=_no_gauge)
         self.response = Response(
             config, self.journal, PLAN, {}, sentinel=self.seen, request_test=self._ask,  # type: ignore[arg-type]
-            without=lambda node: Outlook(spare=True, ratio=1.0), costs=Costs(2.0, 8.0), reseated=set(),
+            without=lambda node: Outlook(spare=True, ratio=1.0), costs=Costs(2.0, 8.0), reseated=set(), stuck=[],
         )  # fmt: skip
 
     def _ask(self) -> None:
@@ -127,6 +127,15 @@ def test_a_way_that_is_stuck_gets_neither_end_killed(scene: Callable[..., Scene]
     trouble = at.response.look()
     assert trouble is not None and (trouble.kind, trouble.ranks) == ("hang", ())
     assert at.verdicts()[0]["link"] == [0, 1]
+
+
+def test_a_machine_whose_ways_keep_being_stuck_is_left_out(scene: Callable[..., Scene]) -> None:
+    """A direction that was dropped between two hosts hung every new crew in the same place, until the run gave up."""
+    at = scene()
+    at.response._stuck += [("n1", "n3"), ("n2", "n1")]
+    at.seen.see(Verdict(Kind.LINK_HANG, (0, 1), ("n0", "n1"), "stuck", link=(0, 1)))
+    trouble = at.response.look()
+    assert trouble is not None and (trouble.ranks, trouble.nodes, trouble.remedy) == ((), ("n1",), "swap")
 
 
 def test_who_is_slow_is_tested_and_without_proof_left_alone(scene: Callable[..., Scene]) -> None:

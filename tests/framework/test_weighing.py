@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fault_tolerance.actions import Action, choose
 from fault_tolerance.verdict import Kind, Topology, Verdict
-from framework.weighing import Costs, Outlook, by_test, evicted, ways_out
+from framework.weighing import Costs, Outlook, by_test, evicted, stuck_end, ways_out
 from parallel.layout import Layout
 
 TOPOLOGY = Topology(Layout(1, 4, 1), ("a", "a", "b", "b"))
@@ -55,3 +55,11 @@ def test_a_slow_way_is_confirmed_by_the_messages_of_the_test() -> None:
     assert by_test(suspicion, [0.01] * 4, ways, nodes) is not None
     assert by_test(suspicion, [0.01] * 4, [(a, b, 0.001) for a, b, _ in ways], nodes) is None
     assert evicted(suspicion) == "c"
+
+
+def test_of_ways_that_were_stuck_the_machine_goes_that_they_share() -> None:
+    assert stuck_end([("a", "b")]) is None
+    assert stuck_end([("c", "d"), ("a", "b")]) is None
+    assert stuck_end([("a", "b"), ("a", "b")]) == "a"
+    assert stuck_end([("c", "b"), ("a", "b")]) == "b"
+    assert stuck_end([("c", "b"), ("a", "d"), ("a", "b")]) == "a"
