@@ -337,6 +337,11 @@ class Vault:
                         stack.enter_context(pool.pinned(segment))
             yield version
 
+    def whole(self, generation: int) -> tuple[Key, ...]:
+        """The versions of a generation of which all of this node's own bytes are here."""
+        with self.changed:
+            return tuple(key for key, version in self.versions.items() if key[0] == generation and version.has_data)
+
     def corrupt(self, key: Key, kind: str, index: int, *, offset: int, data: bytes = b"") -> None:
         """Damage a held block, for drills: flip one bit at `offset`, or write `data` there. Raises KeyError."""
         with self.changed:

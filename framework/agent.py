@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ from fault_tolerance.shard import write_shard
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import stack_of
 from fault_tolerance.vault import Vault
+from fault_tolerance.version import Key, Version
 from framework.network import chosen, interfaces
 from framework.notice import Notice
 from parallel.recorder_build import build_beside
@@ -38,6 +40,7 @@ class Agent:
         self._vault.start()
         Notice().then(lambda: self._vault.events.add("leaving"))
         self._rings = Rings()
+        self._holding, self._held = ExitStack(), dict[Key, Version]()
         self._host = host
         self._probe: Probe | None = None
         build_beside()
@@ -62,12 +65,25 @@ class Agent:
         """How far the newest snapshots have come."""
         return self._vault.status()
 
+    def hold(self, generation: int) -> list[int]:
+        """Keep every whole snapshot of a generation as it is, whatever comes after it, until `let_go`. Returns their steps."""
+        self.let_go()
+        for key in self._vault.whole(generation):
+            with contextlib.suppress(ValueError):  # it went meanwhile
+                self._held[key] = self._holding.enter_context(self._vault.reading(key))
+        return sorted(step for _, step in self._held)
+
+    def let_go(self) -> None:
+        """What was held may go."""
+        self._held.clear()
+        self._holding.close()
+
     def save(self, directory: str, generation: int, step: int) -> dict[str, Any]:
         """Write this node's share of a snapshot as a shard of a durable checkpoint. Returns its entry in the index.
 
         Raises ValueError if the snapshot is not here, or damaged, and StorageError.
         """
-        with self._vault.reading((generation, step)) as version:
+        with self._reading((generation, step)) as version:
             plan, view = version.plan, version.data.view if version.data is not None else None
             damaged = [b for b in version.blocks() if b[0] == "data" and not version.intact(*b)]
             if damaged:
@@ -79,6 +95,9 @@ class Agent:
                 if view is not None
             ]
             return entry_to_plain(write_shard(directory, self._node, pieces, specs=plan.atlas.specs))
+
+    def _reading(self, key: Key) -> AbstractContextManager[Version]:
+        return nullcontext(self._held[key]) if key in self._held else self._vault.reading(key)
 
     def facts(self) -> dict[str, Any]:
         """The node's memory in bytes (what is free, by pool; what the vault has of it) and load."""

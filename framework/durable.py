@@ -1,6 +1,6 @@
 """Durable: when checkpoints are written to storage, by whom, and which of them a run starts from.
 
-    snapshot protected at step s, and s is due     ->  every agent writes its node's share, out of the vault's memory
+    snapshot protected at step s, and s is due     ->  every agent holds it, and writes its node's share out of the vault
     all shares are there                           ->  one commit makes the checkpoint visible; old ones go
 
 Training does not wait for any of it: the bytes are those of a snapshot. A save that fails is tried again at once a few
@@ -31,6 +31,7 @@ from framework.plan import Plan, Source
 from parallel.atlas import TensorSpec
 
 SAVE_S = 600.0
+HOLD_S = 10.0
 
 
 def resolve(resume: str | None) -> str | None:
@@ -145,10 +146,11 @@ class Durable:
             yield self._news.pop(0)
 
     def _save(self, plan: Plan, step: int, agents: dict[str, Remote], specs: tuple[TensorSpec, ...]) -> None:
-        began, reason, attempts = time.monotonic(), "", self._wish.retries + 1
-        path = f"{self.root.rstrip('/')}/{shelf.step_name(step)}"
+        began, reason, attempts, path = time.monotonic(), "", self._wish.retries + 1, self._path(step)
         for attempt in range(attempts):
             try:
+                step = self._hold(plan, step, agents)
+                path = self._path(step)
                 num_bytes = self._write(plan, step, path, agents, specs)
             except Exception as error:  # whatever it is: a save that fails never stops training
                 reason = f"{type(error).__name__}: {error}"
@@ -156,7 +158,10 @@ class Durable:
                 if attempt + 1 < attempts:
                     time.sleep(min(10.0, 0.5 * 2**attempt))
                 continue
-            took, self._saved_at = time.monotonic() - began, time.time()
+            finally:
+                for node in plan.nodes:
+                    agents[node].call("let_go")
+            took, self._saved, self._saved_at = time.monotonic() - began, step, time.time()
             self._news.append(
                 {"step": step, "reason": f"saved to {path}", "path": path, "bytes": num_bytes, "save_s": took, "saved": True}
             )
@@ -172,6 +177,21 @@ class Durable:
             "age_s": age,
             "saved": False,
         })
+
+    def _path(self, step: int) -> str:
+        return f"{self.root.rstrip('/')}/{shelf.step_name(step)}"
+
+    def _hold(self, plan: Plan, step: int, agents: Mapping[str, Remote]) -> int:
+        """Have every node hold a snapshot until it is written. Returns its step: the one asked for, or, where steps are
+        so fast that it has gone meanwhile, a newer one.
+        """
+        calls = {node: agents[node].call("hold", plan.generation) for node in plan.nodes}
+        held = {node: set(call.result(HOLD_S)) for node, call in calls.items()}
+        everywhere = {s for s in set.intersection(*held.values()) if s >= step}
+        if not everywhere:
+            have = ", ".join(f"{node} has {sorted(steps)}" for node, steps in held.items())
+            raise ValueError(f"save: a snapshot of step {step} or later must be on every node, got: {have}")
+        return step if step in everywhere else max(everywhere)
 
     def _discard(self, path: str) -> None:
         """Take away what a failed attempt has written, so that a full disk is not made fuller; not a checkpoint."""

@@ -445,6 +445,7 @@ def test_a_version_can_be_read_in_place_by_its_host_and_is_not_overwritten_meanw
             assert not version.intact("data", 0)
         with pytest.raises(ValueError, match="not here"), vault.reading((1, 1)):
             pass
+        assert vault.whole(1) == ((1, 3),)
         mine.close()
         vault.close()
         vault.close()

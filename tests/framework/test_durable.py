@@ -27,13 +27,22 @@ PLAN: Any = SimpleNamespace(nodes=("n0",), generation=1, layout="1x1x1", schedul
 
 
 class Agent:
-    """Saves a share for real, and fails the times it is told to, after it has written something."""
+    """Saves a share for real, and fails the times it is told to, after it has written something. `kept`: what it can hold."""
 
-    def __init__(self, fails: int = 0, error: Callable[[], Exception] = lambda: OSError(errno.ENOSPC, "disk full")) -> None:
-        self.fails, self.error, self.asked = fails, error, 0
+    def __init__(
+        self,
+        fails: int = 0,
+        error: Callable[[], Exception] = lambda: OSError(errno.ENOSPC, "disk full"),
+        kept: range = range(100),
+    ) -> None:
+        self.fails, self.error, self.asked, self.kept, self.holds = fails, error, 0, kept, False
 
-    def call(self, method: str, directory: str, generation: int, step: int) -> Any:
-        assert method == "save"
+    def call(self, method: str, *words: Any) -> Any:
+        if method in ("hold", "let_go"):
+            self.holds = method == "hold"
+            return SimpleNamespace(result=lambda timeout_s: list(self.kept))
+        assert method == "save" and self.holds
+        directory, _, step = words
         self.asked += 1
         entry = write_shard(directory, "n0", [(Piece("param/a", Box.whole((4, 3))), np.full((4, 3), step, np.float32))], specs=SPECS)
         if self.asked <= self.fails:
@@ -66,6 +75,14 @@ def test_a_save_that_fails_is_tried_again_at_once(tmp_path: Path) -> None:
     assert news["saved"] and agent.asked == 3
     assert list(shelf.checkpoints(keeper.root)) == [4]
     assert len(list((Path(keeper.root) / "step_000004").iterdir())) == 2, "what failed attempts wrote is gone"
+
+
+def test_a_snapshot_that_has_gone_meanwhile_is_replaced_by_a_newer_one(tmp_path: Path) -> None:
+    """With fast steps the snapshot was freed before the agents were asked to write it; four tries later there was an alarm."""
+    keeper, agent = durable(tmp_path), Agent(kept=range(6, 8))
+    [news] = save(keeper, 4, agent)
+    assert news["saved"] and news["step"] == 7 and not agent.holds
+    assert list(shelf.checkpoints(keeper.root)) == [7]
 
 
 @pytest.mark.parametrize("error", [lambda: OSError(errno.EIO, "bad sector"), lambda: KeyError("a mistake of ours")])
