@@ -203,13 +203,13 @@ DRILLS = (
     Drill(
         "controller",
         "the controller is killed while it musters, watches, clears up after a lost node, and closes the run out",
-        BASE,
+        (*BASE, "optim.num_steps=40"),  # the crew steps on while the controller is away
         strikes=(
             Strike("plan 1", 0.2, "kill_controller"),
-            Strike("step 4", 0.1, "kill_controller"),
-            Strike("step 7", 0.0, "kill_node", "n1"),
+            Strike("crew 1", 1.0, "kill_controller"),
+            Strike("crew 2", 1.0, "kill_node", "n1"),
             Strike("trouble 3", 0.0, "kill_controller"),
-            Strike("step 12", 0.5, "kill_controller"),
+            Strike("evaluation 1", 0.1, "kill_controller"),
         ),
         lost=ON_ITS_WAY,
     ),

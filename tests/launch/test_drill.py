@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from framework import run_dir
 from launch import drill
 from parallel.recorder_build import cache_dir
 
@@ -34,7 +35,8 @@ def test_a_drill_that_cannot_be_run_is_refused_before_anything_starts(words: lis
 @pytest.mark.cluster
 def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sample_and_no_loss(tmp_path: Path) -> None:
     """`sooner`: a second node dies before the crew of the first recovery is called. `controller`: killed while it musters,
-    watches, clears up after a lost node, and closes out. Both are judged against one twin, by the command itself.
+    watches, clears up after a lost node, and closes out. Both are judged against their twins, by the command itself. On a
+    busy machine the second node may be gone before the first plan; then it has no incident of its own.
     """
     small = ["cluster.workers_per_node=1", "layout.tp=1"]
     result = subprocess.run(
@@ -51,7 +53,8 @@ def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sam
     sooner, controller = (
         json.loads(next(tmp_path.glob(f"runs/drill-*/{name}/summary.json")).read_text()) for name in ("sooner", "controller")
     )
-    lost = [node for incident in sooner["incidents"] for node in incident["nodes"]]
-    assert (sooner["status"], sooner["steps"], sorted(set(lost))) == ("finished", 12, ["n0", "n1"])
-    assert [i["kind"] for i in controller["incidents"]].count("controller") == 4
-    assert controller["samples"] == 96
+    gone = {event["node"] for event in run_dir.events(next(tmp_path.glob("runs/drill-*/sooner"))) if event.get("cause") == "gone"}
+    assert (sooner["status"], sooner["steps"], gone) == ("finished", 12, {"n0", "n1"})
+    found = [i["kind"] for i in controller["incidents"]].count("controller")
+    assert found >= 3, "all but the first, which may come before there is anything to find again"
+    assert controller["samples"] == 320

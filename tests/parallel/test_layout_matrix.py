@@ -1,7 +1,8 @@
 """Every layout loads what every other saved: the same logical bytes, and the same losses from there on.
 
 The model is chosen so that nothing divides: an odd vocabulary and width, tied embeddings, fewer key and value heads.
-Each layout trains, saves and goes on; each layout, with one engine, loads all of them in turn.
+Each layout trains, saves and goes on; each layout, with one engine, loads all of them in turn. HOLDFAST_WHOLE=1 compares
+ten losses after each load instead of three.
 """
 
 from __future__ import annotations
