@@ -159,8 +159,8 @@ class Durable:
                     time.sleep(min(10.0, 0.5 * 2**attempt))
                 continue
             finally:
-                for node in plan.nodes:
-                    agents[node].call("let_go")
+                for agent in agents.values():
+                    agent.call("let_go")
             took, self._saved, self._saved_at = time.monotonic() - began, step, time.time()
             self._news.append(
                 {"step": step, "reason": f"saved to {path}", "path": path, "bytes": num_bytes, "save_s": took, "saved": True}

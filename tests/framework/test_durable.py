@@ -85,6 +85,15 @@ def test_a_snapshot_that_has_gone_meanwhile_is_replaced_by_a_newer_one(tmp_path:
     assert list(shelf.checkpoints(keeper.root)) == [7]
 
 
+def test_a_node_whose_agent_is_gone_fails_the_save_with_a_word(tmp_path: Path) -> None:
+    """Letting go of what was held asked the lost agent too; that ended the saving thread, and nothing was ever told or tried again."""
+    keeper = durable(tmp_path, "fault_tolerance.durable.every_steps=4", "fault_tolerance.durable.retries=0")
+    assert keeper.begin(PLAN, 4, {}, SPECS)
+    keeper.finish()
+    [news] = keeper.poll()
+    assert not news["saved"] and keeper.due(5)
+
+
 @pytest.mark.parametrize("error", [lambda: OSError(errno.EIO, "bad sector"), lambda: KeyError("a mistake of ours")])
 def test_a_save_that_keeps_failing_stops_nothing_and_leaves_nothing(tmp_path: Path, error: Callable[[], Exception]) -> None:
     """A full disk was made fuller by every attempt; an error of another class ended the saving thread without a word."""
