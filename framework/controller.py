@@ -50,7 +50,7 @@ from framework.weighing import Costs, Outlook
 from parallel.layout import Layout
 
 KEEP_S = 0.5
-ABORT_S = 12.0  # gloo's own deadline inside a sub-group is 8 s: who is not out after this is stuck
+ABORT_S = 12.0  # who has been severed is out at once: who is not out after this is stuck
 STOP_S = 60.0
 ROWS_S = 3.0
 MAX_FAILURES = 3  # at the same step, without one step of progress between

@@ -31,7 +31,7 @@ from parallel.atlas import STATE_KINDS, Atlas, Piece
 from parallel.contract import check_model
 from parallel.data import PRECISIONS
 from parallel.deepspeed_optimizer import HostedAdamW
-from parallel.engine import EngineOptions, Weights, fill
+from parallel.engine import EngineOptions, Weights, fill, microbatches
 from parallel.flat import Flat, decays
 from parallel.loss import summed_cross_entropy
 from parallel.mesh import Mesh
@@ -163,13 +163,7 @@ class DeepSpeedEngine:
         return {name.partition("/")[2]: flat for name, flat in self.atlas.flats.items() if name.startswith("param/")}
 
     def _microbatches(self, x_BT: Tensor) -> tuple[Tensor, ...]:
-        count = self._options.num_microbatches
-        if x_BT.shape[0] % count:
-            raise ValueError(
-                f"forward_backward: samples of a replica must divide by layout.num_microbatches {count}, "
-                f"got {x_BT.shape[0]}; pad with samples whose labels are -100"
-            )
-        return x_BT.to(self._mesh.device).chunk(count)
+        return microbatches(x_BT, self._options.num_microbatches, self._mesh.device)
 
 
 class _Frozen:

@@ -206,13 +206,7 @@ class FsdpEngine:
         )
 
     def _microbatches(self, x_BT: Tensor) -> tuple[Tensor, ...]:
-        count = self._options.num_microbatches
-        if x_BT.shape[0] % count:
-            raise ValueError(
-                f"forward_backward: samples of a replica must divide by layout.num_microbatches {count}, "
-                f"got {x_BT.shape[0]}; pad with samples whose labels are -100"
-            )
-        return x_BT.to(self._mesh.device).chunk(count)
+        return microbatches(x_BT, self._options.num_microbatches, self._mesh.device)
 
     def _total(self, sums: list[Tensor]) -> Tensor:
         """The replica's sum on its first tensor-parallel rank; zero elsewhere, and where the loss is not."""
@@ -233,3 +227,13 @@ def numbers(whole: nn.Module) -> ModelNumbers:
         num_heads=getattr(whole, "num_heads", None),
         num_kv_heads=getattr(whole, "num_kv_heads", None),
     )
+
+
+def microbatches(x_BT: Tensor, count: int, device: torch.device) -> tuple[Tensor, ...]:
+    """A replica's samples in `count` equal parts, on the device. Raises ValueError if they do not divide."""
+    if x_BT.shape[0] % count:
+        raise ValueError(
+            f"forward_backward: samples of a replica must divide by layout.num_microbatches {count}, "
+            f"got {x_BT.shape[0]}; pad with samples whose labels are -100"
+        )
+    return x_BT.to(device).chunk(count)
