@@ -58,7 +58,11 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
     shown = Telemetry({} if progress is None else {"progress": progress})
     build_beside()  # by the process that was typed: what the run's processes start ends with the run
     try:
-        with _Interrupts() as interrupts, _opened(config, run_id, startup, early) as cluster:
+        with (
+            _Interrupts() as interrupts,
+            _opened(config, run_id, startup, early) as cluster,
+            reachable(config.run_dir, Reach(cluster.address, cluster.control)),
+        ):
             shown.event(_notice(f"cluster up after {startup.total_s:.1f} s; run directory {config.run_dir}"))
             for change in changed:
                 shown.event(_notice(f"resumed with another {change}"))
@@ -139,8 +143,7 @@ def _opened(config: Config, run_id: str, startup: Startup, early: LocalCluster |
     startup.mark("cluster")
     startup.divide("cluster", {name.removesuffix("_s").replace("_", " "): s for name, s in cluster.timings.items()})
     try:
-        with reachable(config.run_dir, Reach(cluster.address, cluster.control)):
-            yield cluster
+        yield cluster
     finally:
         cluster.close()
 

@@ -50,6 +50,14 @@ def test_without_a_command_the_usage_is_shown_and_it_is_an_error(capsys):
     assert "usage: holdfast" in capsys.readouterr().out
 
 
+def test_who_calls_it_as_a_function_keeps_their_own_signal_handler(capsys):
+    """It once left its own behind: the rest of a test suite ended at SIGTERM with a KeyboardInterrupt."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--version"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().out
+
+
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("holdfast ")
