@@ -44,6 +44,7 @@ from fault_tolerance.agreement import Agreement
 from fault_tolerance.arena import Control, Pool, Segment
 from fault_tolerance.attachments import Attachment, Attachments
 from fault_tolerance.budget import VERSIONS
+from fault_tolerance.digest_kernel import DIGEST
 from fault_tolerance.encoder import Encoder
 from fault_tolerance.pace import Pace
 from fault_tolerance.peers import Peers
@@ -81,7 +82,8 @@ class Vault:
         self.peers = self._peers({})
 
     def start(self) -> None:
-        """Serve, in daemon threads."""
+        """Serve, in daemon threads. What this machine has not compiled yet is compiled beside it."""
+        DIGEST.build_beside()
         self.server.start()
         Housekeeper(self).start()
 

@@ -29,8 +29,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from parallel.native import BuildError
 from parallel.record import Group, Phase, group_line
-from parallel.recorder_build import BuildError, load
+from parallel.recorder_build import load
 from parallel.ring import TABLE_BYTES, create, own_start_ticks, ring_bytes
 
 log = logging.getLogger(__name__)

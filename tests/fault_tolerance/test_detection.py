@@ -14,7 +14,8 @@ from fault_tolerance.tcp import Connection, connections
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from fault_tolerance.ways import locate, used_and_stuck
 from parallel.layout import Layout
-from parallel.recorder_build import BuildError, load
+from parallel.native import BuildError
+from parallel.recorder_build import load
 
 NO_HOSTS = why_not()
 

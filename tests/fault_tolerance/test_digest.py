@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
+import shutil
 import struct
+import subprocess
 from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fault_tolerance import digest as module
-from fault_tolerance.digest import MODULUS, StateHasher, combine, digest, state_sha256
+from fault_tolerance.digest import MODULUS, StateHasher, believed, combine, digest, reference, state_sha256
+from fault_tolerance.digest_kernel import DIGEST, FLAGS, SOURCE, Kernel
 from parallel.boxes import Box
+from parallel.native import BuildError
 
 DTYPES = ["float32", "float64", "float16", "int8", "uint8", "bool", "int64", "complex64"]
+
+
+@pytest.fixture(autouse=True, params=["numpy", "C"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whatever is said here of digests holds for both ways to compute them."""
+    monkeypatch.setattr(module, "_loaded", {"kernel": kernel() if request.param == "C" else None})
+    return str(request.param)
+
+
+@functools.cache
+def kernel() -> Kernel:
+    try:
+        DIGEST.build()
+    except BuildError as error:
+        pytest.skip(str(error))
+    return Kernel(DIGEST.path())
 
 
 def whole(array: np.ndarray, name: str = "param/w") -> int:
@@ -39,7 +60,7 @@ def tile(box: Box, chooser: random.Random, depth: int) -> list[Box]:
     return [part for half in halves for part in tile(half, chooser, depth - 1)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(0, 9), max_size=4).map(tuple),
     dtype=st.sampled_from(DTYPES),
@@ -58,7 +79,7 @@ def test_any_tiling_gives_the_same_sum(shape, dtype, seed, leaf) -> None:
 
 def by_definition(array: np.ndarray, name: str) -> int:
     """The formula of the header, element by element in Python's integers."""
-    weights = [[int(w) for w in module._weights(name, d, 0, n)] for d, n in enumerate(array.shape)]
+    weights = [[int(w) for w in module._weights(module._seed(name, d), 0, n)] for d, n in enumerate(array.shape)]
     total, bits = 0, array.view(f"u{array.dtype.itemsize}")
     for place in product(*map(range, array.shape)):
         spread = int(bits[place]) * int(module._SPREAD) % MODULUS
@@ -74,6 +95,59 @@ def by_definition(array: np.ndarray, name: str) -> int:
 def test_the_fast_sum_equals_the_definition(shape: tuple[int, ...], dtype: str) -> None:
     array = some(shape, dtype)
     assert whole(array) == by_definition(array, "param/w")
+
+
+def test_the_definition_has_not_changed() -> None:
+    """Checkpoints hold digests: what was written by an older version must still be found right."""
+    assert whole(np.arange(12, dtype=np.float32).reshape(3, 4)) == 0x265D9713398956DE
+
+
+@pytest.mark.parametrize("way", ["C"], indirect=True)
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple),
+    long=st.integers(1, 2500),
+    dtype=st.sampled_from(DTYPES),
+    start=st.integers(0, 1 << 40),
+    strides=st.lists(st.sampled_from([-2, -1, 1, 2, 3]), min_size=4, max_size=4),
+    turned=st.booleans(),
+    offset=st.integers(0, 8),
+)
+def test_the_kernel_gives_numpys_number_for_any_width_strides_box_length_and_alignment(
+    shape, long, dtype, start, strides, turned, offset
+) -> None:
+    width = np.dtype(dtype).itemsize
+    shape = (*shape[:-1], long)
+    big = tuple(extent * abs(stride) for extent, stride in zip(shape, strides, strict=False))
+    raw = np.random.default_rng(long).integers(0, 2, int(np.prod(big)) * width + offset, np.uint8)
+    array = raw[offset:].view(dtype).reshape(big)  # unaligned, for most offsets
+    array = array[tuple(slice(None, None, stride) for stride in strides[: len(shape)])]
+    array = array.T if turned else array
+    box = Box(tuple(start + d for d in range(array.ndim)), tuple(start + d + n for d, n in enumerate(array.shape)))
+    assert digest(array, name="param/w", box=box) == reference(array, name="param/w", box=box)
+
+
+@pytest.mark.parametrize("way", ["C"], indirect=True)
+def test_without_the_wide_instructions_the_kernel_gives_the_same(tmp_path) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    plain = tmp_path / "plain.so"
+    subprocess.run(["cc", *FLAGS, "-Dtarget_clones(...)=unused", str(SOURCE), "-o", str(plain)], check=True)
+    assert believed(plain) is not None
+
+
+@pytest.mark.parametrize("way", ["C"], indirect=True)
+def test_a_library_that_computes_something_else_is_not_believed(tmp_path) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    source, library = tmp_path / "other.c", tmp_path / "other.so"
+    source.write_text(SOURCE.read_text().replace("x ^ x >> 31", "x ^ x >> 30"))
+    subprocess.run(["cc", *FLAGS, str(source), "-o", str(library)], check=True)
+    assert believed(library) is None
+    torn = tmp_path / "torn.so"
+    torn.write_bytes(library.read_bytes()[:1])
+    assert believed(torn) is None
+    assert believed(tmp_path / "absent.so") is None
 
 
 @pytest.mark.parametrize("shape", [(70_000,), (70_000, 2), (3, 40_000), (200_001, 1)])
@@ -109,7 +183,7 @@ def test_a_swap_of_a_number_and_its_negative_changes_it(dtype: str) -> None:
         assert whole(array) != before
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**31), st.data())
 def test_swapped_elements_rows_and_blocks_change_it(seed: int, data: st.DataObject) -> None:
     array = some((8, 8), "float32", seed)

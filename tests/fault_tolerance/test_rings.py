@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from fault_tolerance.rings import Rings
+from parallel.native import BuildError
 from parallel.record import Phase, decode
-from parallel.recorder_build import BuildError, load
+from parallel.recorder_build import load
 
 WRITER = """
 import sys, time

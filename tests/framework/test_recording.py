@@ -9,8 +9,9 @@ import torch.distributed as dist
 from fault_tolerance.rings import Rings
 from framework.recording import Recording
 from parallel import recorder_build
+from parallel.native import BuildError
 from parallel.record import Op, Phase, decode
-from parallel.recorder_build import BuildError, load
+from parallel.recorder_build import load
 
 
 def test_without_a_compiler_the_run_is_told_once_and_goes_on(monkeypatch, tmp_path) -> None:

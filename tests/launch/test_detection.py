@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from framework import run_dir
-from parallel.recorder_build import BuildError, cache_dir, load
+from parallel.native import BuildError, cache_dir
+from parallel.recorder_build import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -11,7 +11,7 @@ import pytest
 
 from framework import run_dir
 from launch import drill
-from parallel.recorder_build import cache_dir
+from parallel.native import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -17,9 +17,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from parallel import record, ring
+from parallel.native import BuildError
 from parallel.record import Op, Phase, State, decode
 from parallel.recorder import Recorder, install
-from parallel.recorder_build import BuildError, load
+from parallel.recorder_build import load
 from tests.parallel.record_ranks import ranks, run, wait_for
 
 pytestmark = pytest.mark.slow

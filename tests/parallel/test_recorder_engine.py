@@ -10,9 +10,10 @@ from fault_tolerance.detector import Detector
 from fault_tolerance.timeline import meetings, transfers
 from fault_tolerance.verdict import Topology
 from parallel.layout import Layout
+from parallel.native import BuildError
 from parallel.record import Phase
 from parallel.recorder import Recorder
-from parallel.recorder_build import BuildError, load
+from parallel.recorder_build import load
 from tests.parallel.ranks import Job, engine_for, step_once
 from tests.parallel.record_ranks import ranks
 
