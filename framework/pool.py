@@ -18,6 +18,7 @@ from framework.nodes import Node, complaint
 
 LOOK_S = 1.0  # how often those who wait for a process ask whether its machine still lives
 ALIVE_S = 20.0  # an idle process that says nothing for so long is of no use, stopped or swapped out
+STUCK_S = 15.0  # who has not come up for so long, and three times as long as others took, does not come
 
 
 class PoolError(RuntimeError):
@@ -72,8 +73,9 @@ class Pool:
     def ensure(self, seats: Sequence[str], *, timeout_s: float) -> dict[str, float]:
         """Have a live agent on every node and a live worker in every seat; those that are there already are asked.
 
-        Returns how long each new one took, in seconds. Raises PoolError, naming who is missing and the last lines
-        of its log; what did not come up is ended, so that the next try begins afresh.
+        Returns how long each new one took, in seconds. One that stays away although others came up is started anew, once: a
+        process that dies before it has registered is missed by nobody. Raises PoolError, naming who is missing and the last
+        lines of its log; what did not come up is ended, so that the next try begins afresh.
         """
         began = time.monotonic()
         wanted = self._names(seats)
@@ -83,8 +85,13 @@ class Pool:
         if missing := [seat for seat in seats if f"worker {seat}" in lacking or f"agent {_node(seat)}" in lacking]:
             raise PoolError(f"cluster: nodes of {', '.join(missing)} must be alive, they died while their workers were started")
         took: dict[str, float] = {}
+        anew: set[str] = set()
         while waiting := {call: who for who, call in self._starting.items() if who in wanted}:
             left = timeout_s - (time.monotonic() - began)
+            if stuck := overdue(waiting.values(), took.values(), timeout_s - left, timeout_s) - anew:
+                anew |= stuck
+                self._start_anew(stuck, seats)
+                continue
             done, _ = wait_any(list(waiting), max(0.0, min(LOOK_S, left)))
             for call in done:
                 who = waiting[call]
@@ -104,12 +111,25 @@ class Pool:
         for call in (*silent, *(call for call in done if _failure(call))):
             self._forget(calls[call])
 
+    def _start_anew(self, stuck: Iterable[str], seats: Sequence[str]) -> None:
+        for who in sorted(stuck):
+            print(f"pool: {who}{self._state(who)} does not come up, others did: it is started anew", flush=True)
+            self._forget(who)
+        self.start(seats)
+
+    def _state(self, who: str) -> str:
+        """What Ray says of a process that has not answered."""
+        kind, _, name = who.partition(" ")
+        remote = (self.agents if kind == "agent" else self.workers).get(name)
+        facts = {} if remote is None else remote.facts()
+        return f" ({facts['State']}, pid {facts.get('Pid') or 'unknown'})" if facts.get("State") else ""
+
     def _require_progress(self, waiting: Sequence[str], timeout_s: float, *, late: bool) -> None:
         """Raises PoolError if there is no use in waiting longer."""
         gone = [who for who in waiting if not self._cluster.confirm(_node_of(who))]
         if not late and not gone:
             return
-        words = [f"{who}: {tail(self._log(*who.split(' ', 1)), 3)}".rstrip(": ") for who in gone or waiting]
+        words = [f"{who}{self._state(who)}: {tail(self._log(*who.split(' ', 1)), 3)}".rstrip(": ") for who in gone or waiting]
         for who in waiting if late else gone:
             self._forget(who)
         if gone:
@@ -221,6 +241,16 @@ class Pool:
                     f"{who} runs another program: {key} must be {self._identity[key]}, got {identity[key]} in "
                     f"{identity['code_path']}; install the same holdfast on every node"
                 )
+
+
+def overdue(waiting: Iterable[str], took_s: Iterable[float], waited_s: float, timeout_s: float) -> frozenset[str]:
+    """Who will not come up any more, judged by how long those took that did. Nobody's judge, where nobody has come up yet or
+    too little time is left to start anew: then a busy machine is the better guess.
+    """
+    slowest = max(took_s, default=None)
+    if slowest is None or waited_s < max(STUCK_S, 3 * slowest) or waited_s > timeout_s / 2:
+        return frozenset()
+    return frozenset(waiting)
 
 
 def _end(remote: Remote | None, *, agent: Remote | None) -> None:

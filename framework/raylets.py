@@ -46,7 +46,7 @@ RAY_ENV = {
     "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
     "RAY_enable_pipe_based_agent_to_parent_health_check": "1",  # agents end with their raylet, whatever ends it
-    "RAY_worker_register_timeout_seconds": "120",  # the first workers wait for the zygote's imports
+    "RAY_worker_register_timeout_seconds": "60",  # the first workers wait for the zygote's imports; who gave up is asked for again
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_DEDUP_LOGS": "0",

@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -51,6 +52,38 @@ def _forked(address: str, request: bytes) -> bool:
             return False
 
 
+class Caller:
+    """A launcher that has connected, and what it has said so far. It may be killed, or stopped with its machine, at any moment."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        channel.setblocking(False)
+        self.channel, self.fds = channel, list[int]()
+        self._size, self._body = -1, b""
+
+    def hear(self) -> dict[str, Any] | None:
+        """Read what has come. Returns the request once it is whole and the launcher still waits for an answer.
+
+        Raises OSError or ValueError if nothing sensible will come any more.
+        """
+        with contextlib.suppress(BlockingIOError):
+            if self._size < 0:
+                header, self.fds, _, _ = socket.recv_fds(self.channel, 8, 3)
+                self._size = int.from_bytes(header, "little")
+                if len(header) < 8 or self._size > MAX_REQUEST_BYTES:
+                    raise ValueError(f"a request must begin with its length, got {header!r}")
+            while piece := self.channel.recv(max(1, self._size - len(self._body))):
+                self._body += piece
+            raise ConnectionResetError("the launcher is gone")
+        return json.loads(self._body) if self._size == len(self._body) else None
+
+    def close(self) -> None:
+        """Let go of it. Whoever still waits for the answer hears that none will come."""
+        self.channel.close()
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+
+
 def serve(listener: socket.socket, *, book: Path, preload: list[str], after_fork: str) -> None:
     """Imports `preload`, then forks a worker per request for ever. Ends with its parent, the warden.
 
@@ -68,35 +101,40 @@ def serve(listener: socket.socket, *, book: Path, preload: list[str], after_fork
     signal.signal(signal.SIGCHLD, lambda *_: _reap(book))
     oom_kills = count_oom_kills()
     (book / "exits" / "oom").write_text(str(oom_kills))
+    listener.setblocking(False)
+    callers: dict[int, Caller] = {}
     while True:
-        try:
-            channel, _ = listener.accept()
-        except ConnectionAbortedError:
-            continue  # its machine was killed while it asked
-        except OSError:
-            return
-        with channel:
+        poll = select.poll()  # which, unlike epoll, has nothing open that a fork would inherit
+        for fd in (listener.fileno(), *callers):
+            poll.register(fd, select.POLLIN)
+        for fd, _ in poll.poll():
+            if fd not in callers:
+                with contextlib.suppress(OSError):  # its machine was killed while it asked
+                    channel, _ = listener.accept()
+                    callers[channel.fileno()] = Caller(channel)
+                continue
             try:
-                request, fds = _receive(channel)
-            except (OSError, ValueError):
-                continue  # the launcher was killed while it spoke
+                request = callers[fd].hear()
+            except (OSError, ValueError):  # the launcher was killed while it spoke, or gave up waiting
+                callers.pop(fd).close()
+                continue
             if request is None:
                 continue
-            try:
-                pid = os.fork()
-            except OSError as error:  # out of memory or of processes for now: whoever asked asks again
-                print(f"zygote: no worker could be forked: {error}", file=sys.stderr, flush=True)
-                for fd in fds:
-                    os.close(fd)
-                continue
-            if pid == 0:
+            if _forks():
                 listener.close()
-                channel.close()
-                _become_worker(request, fds, book, after_fork)
-            for fd in fds:
-                os.close(fd)
-            with contextlib.suppress(OSError):  # its machine was killed meanwhile, and the launcher with it
-                channel.sendall(b"+")
+                for other in callers.keys() - {fd}:
+                    callers[other].close()
+                _become_worker(request, callers[fd], book, after_fork)
+            callers.pop(fd).close()
+
+
+def _forks() -> bool:
+    """Whether this is the fork. Where none could be made, whoever asked asks again."""
+    try:
+        return os.fork() == 0
+    except OSError as error:  # out of memory or of processes for now
+        print(f"zygote: no worker could be forked: {error}", file=sys.stderr, flush=True)
+        return False
 
 
 def count_oom_kills() -> int:
@@ -115,38 +153,26 @@ def _import(name: str) -> None:
         print(f"zygote: {name} cannot be preloaded: {error!r}", file=sys.stderr, flush=True)
 
 
-def _receive(channel: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
-    header, fds, _, _ = socket.recv_fds(channel, 8, 3)
-    size = int.from_bytes(header, "little")
-    body = b""
-    while len(header) == 8 and len(body) < size <= MAX_REQUEST_BYTES:
-        piece = channel.recv(size - len(body))
-        if not piece:
-            break
-        body += piece
-    if len(header) < 8 or len(body) != size:
-        for fd in fds:
-            os.close(fd)
-        return None, []
-    return json.loads(body), fds
+def _become_worker(request: dict[str, Any], caller: Caller, book: Path, after_fork: str) -> None:
+    """In the fork: looks in every respect like a process started with this command. Never returns.
 
-
-def _become_worker(request: dict[str, Any], fds: list[int], book: Path, after_fork: str) -> None:
-    """In the fork: looks in every respect like a process started with this command. Never returns."""
+    It answers its launcher itself, when nothing of this is left to fail: a fork that dies before is asked for again.
+    """
     try:
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         page = book / request["env"].get("HOLDFAST_NODE", "") / str(os.getpid())
         page.parent.mkdir(parents=True, exist_ok=True)
         page.touch()
-        for fd, target in zip(fds, (0, 1, 2), strict=True):
+        for fd, target in zip(caller.fds, (0, 1, 2), strict=True):
             os.dup2(fd, target)
-            os.close(fd)
         fixed = {name: os.environ.get(name) for name in FIXED_AT_IMPORT}
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         sys.argv = [word for word in request["argv"] if not word.startswith(RUNTIME_ENV_WORDS)]
+        caller.channel.send(b"+")
+        caller.close()
         if any(request["env"].get(name) != value for name, value in fixed.items()):
             os.execv(sys.executable, [sys.executable, "-P", *sys.argv])  # not one that this zygote can become: the slow way
         module, _, function = after_fork.partition(":")

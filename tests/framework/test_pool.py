@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from framework.nodes import CallError, ClusterError
-from framework.pool import Pool, PoolError
+from framework.pool import STUCK_S, Pool, PoolError, overdue
 
 
 class Dying:
@@ -99,3 +99,13 @@ def test_what_is_on_a_lost_node_is_ended_should_it_be_there_again() -> None:
     pool.start(["n1.0"])
     pool.forget(node="n1")
     assert sorted(cluster.killed) == ["agent n1", "worker n1.0"] and not pool.workers and not pool.agents
+
+
+def test_who_stays_away_is_judged_by_how_long_others_took() -> None:
+    late = ["worker n1.0"]
+    assert overdue(late, [0.7, 1.2], STUCK_S + 1, 120.0) == {"worker n1.0"}
+    assert not overdue(late, [0.7, 1.2], STUCK_S - 1, 120.0), "too soon to say"
+    assert not overdue(late, [18.0], 40.0, 120.0), "all are slow on this machine"
+    assert overdue(late, [18.0], 55.0, 120.0)
+    assert not overdue(late, [], 50.0, 120.0), "nobody has come up yet, which may be the machine's first imports"
+    assert not overdue(late, [18.0], 61.0, 120.0), "started anew, it would hardly be in time"

@@ -54,6 +54,33 @@ def test_idle_workers_that_died_or_were_stopped_are_replaced_before_a_crew_is_ca
     assert not Path(f"/proc/{stopped}").exists()  # it held the only place of its node
 
 
+def test_a_process_that_never_begins_is_started_anew(pool: Pool, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three processes that answered and one that did not, in the whole of two minutes, the run died. Its raylet would have
+    started another only after a patience as long as ours.
+    """
+    monkeypatch.setattr("framework.pool.STUCK_S", 3.0)
+    pages, stopped = Path(str(cluster.control)).parent / "book" / "n1", list[int]()
+    before, over = {page.name for page in pages.glob("[0-9]*")}, threading.Event()
+
+    def strike() -> None:
+        while not over.wait(0.001) and not stopped:
+            for page in {p.name for p in pages.glob("[0-9]*")} - before:
+                os.kill(int(page), signal.SIGSTOP)  # right after its fork
+                stopped.append(int(page))
+                return
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    try:
+        took = pool.ensure(["n0.0", "n1.0"], timeout_s=START_S)
+    finally:
+        over.set()
+        thread.join()
+    assert stopped and set(took) == {"worker n0.0", "worker n1.0", "agent n0", "agent n1"}
+    assert 3.0 < max(took.values()) < START_S / 2
+    os.kill(stopped[0], signal.SIGKILL)
+
+
 def test_nobody_waits_for_a_process_on_a_machine_that_died_meanwhile(pool: Pool, cluster: Cluster) -> None:
     machines = Machines(str(cluster.control))
     threading.Timer(0.05, machines.kill, ["n1"]).start()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +29,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     listener.listen(64)
     options = {"listener": listener.fileno(), "book": str(tmp_path / "book"), "preload": [], "after_fork": "gc:collect"}
     process = subprocess.Popen([sys.executable, PROGRAM, "serve", json.dumps(options)], pass_fds=[listener.fileno()])
+    (tmp_path / "pid").write_text(str(process.pid))
     yield tmp_path
     assert process.poll() is None, "the zygote has died"
     process.kill()
@@ -34,19 +37,35 @@ def place(tmp_path: Path) -> Iterator[Path]:
     listener.close()
 
 
-def ask_and_be_killed(place: Path, *, after: str) -> None:
+def ask(place: Path, channel: socket.socket, *, until: str, script: str = "worker.py") -> None:
     """What a launcher does, up to some point."""
-    request = json.dumps({"argv": [str(place / "worker.py")], "env": dict(os.environ), "cwd": "/"}).encode()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
-        channel.connect(str(place / "zygote"))
-        if after == "connect":
-            return
-        with open(os.devnull, "r+") as null:  # noqa: PTH123
-            socket.send_fds(channel, [len(request).to_bytes(8, "little")], [null.fileno()] * 3)
-        if after == "half":
-            channel.sendall(request[:7])
-        if after == "request":
-            channel.sendall(request)
+    request = json.dumps({"argv": [str(place / script)], "env": dict(os.environ), "cwd": "/"}).encode()
+    channel.connect(str(place / "zygote"))
+    if until == "connect":
+        return
+    with open(os.devnull, "r+") as null:  # noqa: PTH123
+        socket.send_fds(channel, [len(request).to_bytes(8, "little")], [null.fileno()] * 3)
+    if until == "half":
+        channel.sendall(request[:7])
+    if until == "request":
+        channel.sendall(request)
+
+
+def launch(place: Path, script: str = "worker.py") -> list[str]:
+    """The command of a launcher."""
+    return [sys.executable, PROGRAM, "launch", str(place / "zygote"), str(place / script)]
+
+
+def leaves(place: Path, mark: str, script: str) -> None:
+    """Write a worker's program whose only trace is a file."""
+    (place / script).write_text(f"open({str(place / mark)!r}, 'w')")
+
+
+def appears(path: Path) -> bool:
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return path.exists()
 
 
 def test_launchers_that_are_killed_at_any_moment_do_not_kill_the_zygote(place: Path) -> None:
@@ -56,14 +75,51 @@ def test_launchers_that_are_killed_at_any_moment_do_not_kill_the_zygote(place: P
     """
     (place / "worker.py").write_text("")
     for _ in range(10):
-        for after in ("connect", "head", "half", "request"):
-            ask_and_be_killed(place, after=after)
-    (place / "worker.py").write_text(f"open({str(place / 'lived')!r}, 'w')")
-    subprocess.run([sys.executable, PROGRAM, "launch", str(place / "zygote"), str(place / "worker.py")], check=True, timeout=20)
-    deadline = time.monotonic() + 20
-    while not (place / "lived").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert (place / "lived").exists()
+        for until in ("connect", "head", "half", "request"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+                ask(place, channel, until=until)
+    leaves(place, "lived", "worker.py")
+    subprocess.run(launch(place), check=True, timeout=20)
+    assert appears(place / "lived")
+
+
+def test_launchers_that_are_stopped_at_any_moment_hold_nobody_up(place: Path) -> None:
+    """A node was frozen while its workers were being started: the zygote, which has one thread, waited for the rest of a
+    launcher's request, and no node of the cluster got a worker any more.
+    """
+    leaves(place, "lived", "worker.py")
+    with contextlib.ExitStack() as stack:
+        for until in ("connect", "head", "half"):
+            ask(place, stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)), until=until)
+        subprocess.run(launch(place), check=True, timeout=20)
+        assert appears(place / "lived")
+
+
+def test_a_launcher_that_gave_up_before_its_turn_gets_no_worker(place: Path) -> None:
+    """Its raylet has started another: a worker of the first would only be turned away, and cost the busy machine a start."""
+    leaves(place, "late", "late.py")
+    leaves(place, "lived", "worker.py")
+    zygote_pid = int((place / "pid").read_text())
+    os.kill(zygote_pid, signal.SIGSTOP)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        ask(place, channel, until="request", script="late.py")
+    os.kill(zygote_pid, signal.SIGCONT)
+    subprocess.run(launch(place), check=True, timeout=20)
+    assert appears(place / "lived") and not (place / "late").exists()
+
+
+def test_a_fork_that_dies_before_it_is_a_worker_is_asked_for_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zygote answered as soon as it had forked: of a fork that could not become a worker nobody learned, and its raylet
+    waited until its patience of two minutes was over.
+    """
+    leaves(place, "lived", "worker.py")
+    monkeypatch.setenv("HOLDFAST_NODE", "n1")
+    (place / "book" / "n1").write_text("in the way of the folder that a fork writes its page into")
+    with subprocess.Popen(launch(place), stderr=subprocess.DEVNULL) as launcher:
+        time.sleep(0.5)
+        assert launcher.poll() is None and any((place / "book" / "exits").glob("[0-9]*")) and not (place / "lived").exists()
+        (place / "book" / "n1").unlink()
+        assert launcher.wait(20) == 0 and appears(place / "lived")
 
 
 def test_a_launcher_asks_again_until_a_worker_exists(tmp_path: Path) -> None:
@@ -71,7 +127,7 @@ def test_a_launcher_asks_again_until_a_worker_exists(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(tmp_path / "zygote"))
         listener.listen(4)
-        launcher = subprocess.Popen([sys.executable, PROGRAM, "launch", str(tmp_path / "zygote"), "worker.py"])
+        launcher = subprocess.Popen(launch(tmp_path))
         for answer in (b"", b"+"):
             listener.settimeout(20.0)
             channel, _ = listener.accept()
