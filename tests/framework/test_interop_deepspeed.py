@@ -88,7 +88,7 @@ def _torch_losses(state: State, step: int, steps: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("stage", "world"), [(1, 1), (1, 2), (2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "world"), [(1, 1), (2, 2), (3, 2)])
 def test_an_engine_of_any_stage_loads_our_export_and_trains_on(tmp_path: Path, stage: int, world: int) -> None:
     checkpoint, state = _checkpoint(tmp_path)
     ds.export(checkpoint, tmp_path / "theirs")
@@ -101,7 +101,7 @@ def test_an_engine_of_any_stage_loads_our_export_and_trains_on(tmp_path: Path, s
     np.testing.assert_allclose(out["losses"], _torch_losses(state, 7, 3), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "world"), [(1, 2), (3, 1)])
 def test_we_take_what_their_converter_made_of_a_real_run(tmp_path: Path, stage: int, world: int) -> None:
     out = _run(world, stage, steps=3, save=str(tmp_path / "run"), out=str(tmp_path / "out.pt"))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]

@@ -181,7 +181,8 @@ def test_a_value_error_that_nobody_meant_for_the_user_keeps_its_traceback(monkey
 @pytest.mark.slow
 def test_control_c_ends_with_130_and_one_line(tmp_path):
     program = (
-        "import sys, time, launch.main as m, launch.plan as p\n"
+        "import signal, sys, time, launch.main as m, launch.plan as p\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whoever runs the tests in the background ignores it
         "p.main = lambda words: print('up', flush=True) or time.sleep(60)\n"
         "sys.exit(m.main(['plan']))"
     )
