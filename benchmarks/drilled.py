@@ -63,7 +63,7 @@ class Crew:
     said: dict[str, Any] = field(default_factory=dict)
 
     def observed(self) -> dict[int, bytes]:
-        return {rank: data for rank, ring in enumerate(self.rings) if (data := ring.read())}
+        return {rank: ring.read() for rank, ring in enumerate(self.rings)}
 
     def listen(self) -> dict[str, Any]:
         """What ranks said so far: `onset` (when the injection acted), `ways` (a pair test), `ended` (how many)."""

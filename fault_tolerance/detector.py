@@ -75,7 +75,8 @@ class Detector:
     def observe(self, rings: Mapping[int, bytes | Ring | None], *, now_s: float | None = None) -> list[Verdict]:
         """Take in what could be read of the ranks' rings; return the verdicts that are new since the last call.
 
-        Empty or missing bytes mean that the ring could not be read. All verdicts that hold now are in `active`.
+        A missing rank, or None, means that its ring could not be read; empty bytes that it was, and its rank has not begun
+        it. All verdicts that hold now are in `active`.
         """
         now = time.monotonic() if now_s is None else now_s
         self._take(rings, now)
@@ -113,14 +114,13 @@ class Detector:
         return statistics.median(learnt) if learnt else 0.0
 
     def _take(self, rings: Mapping[int, bytes | Ring | None], now: float) -> None:
-        for rank in range(self.topology.layout.world):
-            self._heard_s.setdefault(rank, now)
         for rank, given in rings.items():
-            if not given:
+            if given is None:
                 continue
-            ring = given if isinstance(given, Ring) else decode(given)
             self._heard_s[rank] = now
-            self.rings[rank] = merge(self.rings.get(rank), ring)
+            if given:
+                ring = given if isinstance(given, Ring) else decode(given)
+                self.rings[rank] = merge(self.rings.get(rank), ring)
 
     # ---- learning ----
 
@@ -179,15 +179,17 @@ class Detector:
     # ---- judging ----
 
     def _gone(self, now: float) -> list[Verdict]:
-        """Machines none of whose rings can be read any more."""
+        """Machines none of whose rings can be read any more; one that was never read may not have begun."""
         out = []
         for node in dict.fromkeys(self.topology.nodes):
-            ranks = self.topology.ranks_of(node)
+            ranks = [r for r in self.topology.ranks_of(node) if r in self._heard_s]
+            if not ranks:
+                continue
             silent = min(now - self._heard_s[r] for r in ranks)
             elsewhere = [now - self._heard_s[r] for r in self._heard_s if r not in ranks]
             if silent >= self.settings.silent_s and elsewhere and min(elsewhere) < silent / 2:
                 reason = f"{node} cannot be read for {silent:.1f} s, the others can: it is gone or cut off"
-                out.append(Verdict(Kind.NODE_LOSS, ranks, (node,), reason, confidence=0.9))
+                out.append(Verdict(Kind.NODE_LOSS, self.topology.ranks_of(node), (node,), reason, confidence=0.9))
         return out
 
     def _stopped(self) -> list[Verdict]:

@@ -336,6 +336,22 @@ def test_a_machine_of_which_nothing_can_be_read_is_lost():
     assert [(v.kind, v.ranks, v.nodes) for v in found] == [(Kind.NODE_LOSS, (2, 3), ("b",))]
 
 
+def test_a_rank_that_begins_late_is_not_gone():
+    """Two of four ranks connected 4 s after the others: their rings were read and were empty, which had counted as rings that
+    cannot be read, and a healthy machine was called lost."""
+    layout = Layout.parse("1x4x1")
+    detector = Detector(Topology(layout, ("a", "a", "b", "b")))
+    drawing = draw(training(layout, steps=20))
+    for second in range(10):
+        begun = drawing.rings(second * 0.1)
+        seen = {r: ring if r < 2 or second > 7 else b"" for r, ring in begun.items()}
+        assert detector.observe(seen, now_s=float(second)) == []
+    never = Detector(Topology(layout, ("a", "a", "b", "b")))
+    for second in range(10):  # nobody lent them a ring, or nobody has answered yet: there is nothing that went silent
+        some = {r: ring for r, ring in drawing.rings(second * 0.1).items() if r < 2}
+        assert never.observe(some, now_s=float(second)) == []
+
+
 def test_if_nothing_can_be_read_the_reader_is_at_fault():
     layout = Layout.parse("1x2x1")
     detector = Detector(Topology.one_node_each(layout))

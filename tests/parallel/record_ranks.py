@@ -33,7 +33,7 @@ class Ranks:
         return decode(wait_for(lambda: self.rings[rank].read(whole=True)))
 
     def observed(self) -> dict[int, bytes]:
-        return {rank: data for rank, ring in enumerate(self.rings) if (data := ring.read())}
+        return {rank: ring.read() for rank, ring in enumerate(self.rings)}
 
     def result(self, rank: int, timeout_s: float = 60) -> Any:
         if not self.results[rank].poll(timeout_s):
