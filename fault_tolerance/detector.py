@@ -93,6 +93,13 @@ class Detector:
         """The newest step that any rank has begun."""
         return max((ring.step for ring in self.rings.values()), default=0)
 
+    @property
+    def usual_step_s(self) -> float:
+        """The median of the newest steps of some rank; 0 while there is none."""
+        known = next(iter(self._spans.values()), {})
+        recent = [span.duration_s for span in list(known.values())[-self.settings.rule.window :]]
+        return statistics.median(recent) if recent else 0.0
+
     def step_times(self, verdict: Verdict) -> tuple[float, float]:
         """(seconds of a step now, seconds it would take without what a slow verdict names)."""
         window = self.settings.rule.window

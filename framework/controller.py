@@ -390,11 +390,11 @@ class Controller:
 
     def _sight(self, crew: Crew) -> Sight:
         now = time.monotonic()
-        nodes = self._inventory.see()
         ended = crew.ended()
         still = {} if self._response is None else self._response.still_s(now)  # who records operations is not silent
         suspects = {crew.plan.seats[r].node for r, e in ended.items() if e.how == "died"}
         suspects |= {crew.plan.seats[r].node for r, s in crew.silent_s(now).items() if s > 1.0} | self._memory.lost
+        nodes = self._inventory.glance(worried=bool(suspects))
         dead = {n.name for n in nodes if not n.alive} | self._cluster.unanswering(suspects)
         broken = [e.at for e in ended.values() if e.how == "collective"]
         return Sight(

@@ -62,11 +62,13 @@ class Crew:
         A poll that is under way is never repeated, so a rank that hangs costs one pending call.
         """
         said: list[dict[str, Any]] = []
+        under_way = [call for view in self.ranks for call in (view.run if view.ended is None else None, view.ping) if call is not None]
+        ended = set(wait_all(under_way, 0.0)[0])
         due = time.monotonic() - self.ping_period_s
         for rank, view in enumerate(self.ranks):
-            if view.ended is None and view.run.done():
+            if view.ended is None and view.run in ended:
                 self._close(rank, view)
-            if view.ping is not None and view.ping.done():
+            if view.ping is not None and view.ping in ended:
                 said += self._hear(view, view.ping)
                 view.ping = None
             if view.ended is None and view.ping is None and view.asked <= due:

@@ -34,7 +34,7 @@ from parallel.deepspeed_library import check_installed
 from parallel.recorder_build import build_beside
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
-FOLLOW_S = 0.25
+FOLLOW_S = 0.5
 FIND_AGAIN_S = 120.0  # Ray looks for dead nodes for some 15 s before it starts anew what ran there
 
 

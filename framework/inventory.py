@@ -30,6 +30,7 @@ from framework.waiting import await_nodes
 LOOK_S = 0.2
 SLOW_START_S = 10.0
 GROW_LOOK_S = 0.5  # how often it is asked whether growing would pay
+CALM_S = 1.0  # how often the machines are listed while nobody is suspected
 
 
 class Stopped(Exception):  # noqa: N818  (an event, not a mistake)
@@ -55,6 +56,8 @@ class Inventory:
         self._members = Membership(bar_s=config.detect.quarantine_s)
         self._members.recall(run_dir.events(config.run_dir), time.time())
         self._asked_to_grow = 0.0
+        self._seen: tuple[Node, ...] = ()
+        self._seen_at = 0.0
         self._missing: tuple[str, ...] = ()
 
     @property
@@ -66,7 +69,12 @@ class Inventory:
         """The machines as they are listed now; who has joined or gone is told."""
         nodes = self._cluster.nodes()
         self._tell(self._members.see(nodes, time.time(), answers=self._cluster.confirm))
+        self._seen, self._seen_at = nodes, time.monotonic()
         return nodes
+
+    def glance(self, *, worried: bool) -> tuple[Node, ...]:
+        """`see` once a second; at every look while somebody is suspected to be gone."""
+        return self.see() if worried or time.monotonic() - self._seen_at >= CALM_S else self._seen
 
     def places(self) -> tuple[Place, ...]:
         """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine."""
@@ -120,8 +128,11 @@ class Inventory:
         self._pool.start(self._seats_on(place.node for place in self.places() if place.node not in plan.nodes))
 
     def growth(self, plan: Plan) -> Trouble | None:
-        """The wish to grow, when machines have joined and settled, are warm, and would pay; asked twice a second."""
-        if time.monotonic() - self._asked_to_grow < GROW_LOOK_S:
+        """The wish to grow, when machines have joined and settled, are warm, and would pay; asked twice a second while there
+        are machines without a rank.
+        """
+        idle = {node.name for node in self._seen if node.alive and not node.head} - set(plan.nodes)
+        if not idle or time.monotonic() - self._asked_to_grow < GROW_LOOK_S:
             return None
         self._asked_to_grow = time.monotonic()
         places = self.places()

@@ -1,6 +1,6 @@
 """Membership: which machines may be used now, which have just joined, and which get no work, why and until when.
 
-    inventory, ten times a second --see--> joined, gone, usable again       news, one sentence each
+    inventory, now and then  --see-->      joined, gone, usable again       news, one sentence each
                                   --settled--> here for `settle_s`          only onto these a crew grows
     lost too often -> barred      twice as long each time                   a machine that comes and goes
     asked to leave -> barred      until it comes back as a new one          a machine that will be taken away; no loss when it is

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-LOOK_S = 0.1
+LOOK_S = 0.25
 
 
 class Notice:

@@ -146,7 +146,8 @@ def _waited(calls: Sequence[Call], num: int, timeout_s: float | None) -> tuple[t
     if not calls:
         return (), ()
     references = list({call.reference: None for call in calls})
-    ray.wait(references, num_returns=min(num, len(references)), timeout=timeout_s)
+    if timeout_s != 0:
+        ray.wait(references, num_returns=min(num, len(references)), timeout=timeout_s)
     ended = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
     done = tuple(call for call in calls if call.reference in ended)
     return done, tuple(call for call in calls if call.reference not in ended)

@@ -49,6 +49,11 @@ RAY_ENV = {
     "RAY_worker_register_timeout_seconds": "60",  # the first workers wait for the zygote's imports; who gave up is asked for again
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_raylet_check_gc_period_milliseconds": "10000",  # these four wake five raylets ten times a second each, for what is
+    "RAY_object_manager_timer_freq_ms": "1000",  # never used here: collecting, large objects, pools of idle workers
+    "RAY_kill_idle_workers_interval_ms": "1000",
+    "RAY_raylet_report_resources_period_milliseconds": "250",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "5000",
     "RAY_DEDUP_LOGS": "0",
     "RAY_BACKEND_LOG_LEVEL": "warning",
 }

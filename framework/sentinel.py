@@ -1,8 +1,9 @@
-"""Sentinel: reads the ranks' records from outside twice a second, and says what is wrong with whom.
+"""Sentinel: reads the ranks' records from outside, and says what is wrong with whom.
 
     agents of the plan's nodes --rings--> Detector (fault_tolerance/detector.py) --> verdicts, for the controller to take
 
-A thread of its own, so that a node that does not answer never holds the controller up. It spends at most a twentieth of its
+A thread of its own, so that a node that does not answer never holds the controller up. While all is well it looks every other
+step; as soon as somebody stands still, is stopped or is under a verdict, twice a second. It spends at most a fiftieth of its
 time: where judging takes long, it looks more rarely.
 
 Rule of this file: it looks and remembers. What follows from a verdict is decided in `response.py`.
@@ -25,10 +26,11 @@ from framework.cluster import Call, CallError, Remote, wait_all
 from framework.config import DetectConfig
 from framework.plan import Plan
 
-LOOK_S = 0.5
+LOOK_S, CALM_S = 0.5, 2.0  # the shortest and the longest pause
+LOOK_STEPS = 2.0  # a straggler is named within ten, six of which are the window that names it
 ANSWER_S = 2.0
 LEND_S = 10.0
-SHARE = 0.05  # of the time, at most
+SHARE = 0.02  # of the time, at most
 
 
 def settings_of(detect: DetectConfig) -> Settings:
@@ -58,6 +60,12 @@ def lend_rings(plan: Plan, agents: Mapping[str, Remote]) -> dict[int, str]:
     return {rank: path for call in calls for rank, path in _answer(call).items()}
 
 
+def pause_s(step_s: float, spent_s: float, *, calm: bool, look_s: float = LOOK_S) -> float:
+    """Until the next look: by how long a step takes, whether there is anything to worry about, and what a look costs."""
+    wanted = min(max(look_s, LOOK_STEPS * step_s), CALM_S) if calm else look_s
+    return max(wanted, spent_s / SHARE)
+
+
 class Sentinel:
     """Watches one crew. Thread-safe."""
 
@@ -68,6 +76,7 @@ class Sentinel:
         self._fresh: list[Verdict] = []
         self._standing: dict[tuple[object, ...], int] = {}
         self._moved: dict[int, tuple[int, float]] = {}
+        self._calm = False
         self._over = threading.Event()
         self.failure = ""
         self._thread = threading.Thread(target=self._run, daemon=True, name="sentinel")
@@ -120,7 +129,8 @@ class Sentinel:
         pause = self._look_s
         while not self._over.wait(pause):
             try:
-                pause = max(self._look_s, self._observe() / SHARE)
+                spent_s = self._observe()
+                pause = pause_s(self._detector.usual_step_s, spent_s, calm=self._calm, look_s=self._look_s)
             except Exception as error:  # a fault in judging must not end a run that trains; it is told once
                 self.failure = f"{type(error).__name__}: {error}"
                 return
@@ -136,11 +146,14 @@ class Sentinel:
         with self._lock:
             fresh = self._detector.observe(rings)
             now = time.monotonic()
+            moved = set()
             for rank, ring in self._detector.rings.items():
                 known = self._moved.get(rank)
                 if known is None or known[0] != ring.head:
                     self._moved[rank] = (ring.head, now)
+                    moved.add(rank)
             holds = self._detector.active
+            self._calm = not holds and len(moved) == len(self._detector.rings)
             self._standing = {key: self._standing.get(key, 0) + 1 for key in holds}
             self._fresh += fresh
         return time.thread_time() - began

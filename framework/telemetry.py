@@ -11,6 +11,7 @@ Rule of this file: the files of the run directory are written elsewhere, by whoe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 LOG = logging.getLogger("holdfast.telemetry")
 QUEUE_SIZE = 1000
 MAX_RESTARTS = 3
+LOOK_S = 5.0  # an idle thread looks up so often
 _TRAIN = ("loss", "grad_norm", "lr", "tokens", "val_loss")
 _PERF = ("step_time_s", "tokens_per_s", "mfu", "generation", "tolerance", "snapshot_stall_ms")
 
@@ -104,7 +106,7 @@ class _Lane:
 
     def __init__(self, name: str, sink: Sink, queue_size: int) -> None:
         self._name, self._sink = name, sink
-        self._queue: queue.Queue[Entry] = queue.Queue(queue_size)
+        self._queue: queue.Queue[Entry | None] = queue.Queue(queue_size)
         self._ending = threading.Event()
         self.dropped = 0
         self._failures = 0
@@ -119,6 +121,8 @@ class _Lane:
 
     def finish(self) -> None:
         self._ending.set()
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)  # wakes the thread, if it waits
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
@@ -130,8 +134,10 @@ class _Lane:
         is_open = self._try(self._sink.open)
         while not (self._ending.is_set() and self._queue.empty()):
             try:
-                entry = self._queue.get(timeout=0.1)
+                entry = self._queue.get(timeout=LOOK_S)
             except queue.Empty:
+                continue
+            if entry is None:
                 continue
             if self._failures <= MAX_RESTARTS and not is_open:
                 is_open = self._try(self._sink.open)
