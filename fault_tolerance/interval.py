@@ -15,7 +15,7 @@ Source: Young, CACM 17(9), 1974; Daly, FGCS 22(3), 2006 (eq. 37, the higher-orde
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,13 @@ def choose(*, cost_s: float, mtbf_s: float, step_s: float, least_s: float = 0.0,
 def fixed(steps: int) -> Interval:
     """As configured: nothing to explain."""
     return Interval(steps=steps, interval_s=0.0, lost_share=0.0, reason="")
+
+
+def at_most(steps: int | None, interval: Interval) -> Interval:
+    """The same, but not longer than this; None: however long it is."""
+    if steps is None or interval.steps <= steps:
+        return interval
+    return replace(interval, steps=steps, reason=f"{interval.reason}; every {steps} steps, for no more may be lost")
 
 
 def young(cost_s: float, step_s: float, mtbf_s: float) -> Interval:

@@ -158,11 +158,13 @@ class DurableConfig:
 class FaultToleranceConfig:
     """Snapshots in the memory of the nodes. `every_steps` 0: none; "auto": from their cost and the failure rate.
 
-    `tolerate` nodes of a coding group may be lost together; `group_size` None: one group. Rates are per node, None
+    `max_steps_lost`: so many steps at most are taken beyond the newest protected snapshot; None: the interval, and those that are
+    taken while the newest one is on its way. `tolerate` nodes of a coding group may be lost together; `group_size` None: one group. Rates are per node, None
     means as fast as it goes; `scrub_mb_s` 0 turns the background check of held blocks off.
     """
 
     every_steps: Count | Literal["auto"]
+    max_steps_lost: PositiveInt | None
     tolerate: Parity
     group_size: GroupSize | None
     chunk_bytes: ChunkBytes

@@ -154,6 +154,12 @@ def coding_group(config: Config) -> Complaints:
             f"fault_tolerance.tolerate: must be below the {size} nodes of a coding group, got {keeping.tolerate}; "
             f"use fault_tolerance.tolerate={size - 1} or more nodes"
         )
+    most, every = keeping.max_steps_lost, keeping.every_steps
+    if most is not None and every != "auto" and not 0 < every <= most:
+        yield (
+            f"fault_tolerance.max_steps_lost: fault_tolerance.every_steps must be between 1 and it, got {every} and {most}; "
+            f"use fault_tolerance.every_steps={most} or less"
+        )
 
 
 def detection(config: Config) -> Complaints:

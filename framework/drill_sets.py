@@ -26,6 +26,7 @@ BASE = (
     "layout.tp=2",
     "fault_tolerance.tolerate=2",
     "fault_tolerance.every_steps=2",
+    "fault_tolerance.max_steps_lost=2",
 )
 FEW = (  # one worker a node: steps are short, so that machines have time to come back
     "model=tiny",
@@ -39,12 +40,12 @@ FEW = (  # one worker a node: steps are short, so that machines have time to com
     "layout.tp=1",
     "fault_tolerance.tolerate=2",
     "fault_tolerance.every_steps=2",
+    "fault_tolerance.max_steps_lost=2",
 )
 LONG = (*FEW, "optim.num_steps=120", "detect.quarantine_s=10")
-FOUR = (*BASE[:5], "layout.pp=1", "layout.dp=4", "layout.tp=1", "fault_tolerance.tolerate=1", "fault_tolerance.every_steps=2")
+FOUR = (*BASE[:5], "layout.pp=1", "layout.dp=4", "layout.tp=1", "fault_tolerance.tolerate=1", *BASE[-2:])
 PAIRS = (*FOUR, "cluster.num_nodes=2", "cluster.workers_per_node=2")
 
-ON_ITS_WAY = 4  # steps: the newest snapshot may not be protected yet, when nobody waited for it to strike
 EVERY_PHASE = (
     (2, "forward", 1),
     (4, "backward", 6),
@@ -83,14 +84,12 @@ DRILLS = (
         "the same, before the crew is called together",
         BASE,
         strikes=(Strike("step 7", 0.0, "kill_node", "n1"), Strike("trouble 1", 0.0, "kill_node", "n0")),
-        lost=ON_ITS_WAY,
     ),
     Drill(
         "later",
         "the same, before the first new snapshot is protected",
         BASE,
         strikes=(Strike("step 7", 0.2, "kill_node", "n2"), Strike("crew 2", 0.8, "kill_node", "n3")),
-        lost=ON_ITS_WAY,
     ),
     Drill(
         "spare",
@@ -161,7 +160,7 @@ DRILLS = (
         lost=4,
         tier="durable",
     ),
-    Drill("vault", "a node's agent is killed, and with it the vault", BASE, strikes=(Strike("step 6", 0.1, "kill_agent", "n2"),), lost=ON_ITS_WAY),
+    Drill("vault", "a node's agent is killed, and with it the vault", BASE, strikes=(Strike("step 6", 0.1, "kill_agent", "n2"),)),
     Drill("stop", "a worker is stopped (SIGSTOP)", BASE, ("{step: 7, kind: stop_worker, rank: 5, phase: forward}",), verdict=("hang", 5)),
     Drill(
         "hang",
@@ -211,14 +210,12 @@ DRILLS = (
             Strike("trouble 3", 0.0, "kill_controller"),
             Strike("evaluation 1", 0.1, "kill_controller"),
         ),
-        lost=ON_ITS_WAY,
     ),
     Drill(
         "fence",
         "a node is stopped, replaced, and wakes up again",
         BASE,
         strikes=(Strike("step 6", 0.1, "stop_node", "n1"), Strike("resized 1", 0.3, "wake_node", "n1")),
-        lost=ON_ITS_WAY,
     ),
     Drill("interrupt", "Ctrl-C, then resumed", BASE, strikes=(Strike("step 5", 0.2, "interrupt"),), exit_code=130),
     Drill(
@@ -233,7 +230,6 @@ DRILLS = (
         "more nodes are lost than parity covers; it goes on from the durable checkpoint",
         (*BASE, "fault_tolerance.durable.every_steps=4"),
         strikes=(Strike("checkpoint 1", 0.2, "kill_node", "n1"), *(Strike("checkpoint 1", 0.0, "kill_node", n) for n in ("n2", "n3"))),
-        lost=ON_ITS_WAY,
     ),
     Drill(
         "beyond",
@@ -259,4 +255,4 @@ def random_drill(seed: int, *, num_steps: int = 40) -> Drill:
     pp, dp, tp = random.Random(seed).choice(LAYOUTS)
     overrides = (*BASE, f"layout.pp={pp}", f"layout.dp={dp}", f"layout.tp={tp}", f"optim.num_steps={num_steps}")
     strikes = drawn(seed, num_steps=num_steps, nodes=4, slots=2, tolerate=2)
-    return Drill(f"random-{seed}", f"{pp}x{dp}x{tp}; {'; '.join(map(str, strikes))}", overrides, strikes=strikes, lost=ON_ITS_WAY, loose=True)
+    return Drill(f"random-{seed}", f"{pp}x{dp}x{tp}; {'; '.join(map(str, strikes))}", overrides, strikes=strikes, loose=True)

@@ -100,6 +100,8 @@ def _protection(config: Config, plan: Plan, atlas: Atlas) -> Iterator[tuple[str,
         yield "snapshots", "none (fault_tolerance.every_steps=0)"
         return
     every = "as often as cost and failure rate suggest" if keeping.every_steps == "auto" else f"every {keeping.every_steps} steps"
+    if keeping.max_steps_lost is not None:
+        every += f", and training waits before it is more than {keeping.max_steps_lost} steps ahead of them"
     yield "snapshots", f"{every}; any {plan.tolerate} of the nodes of a coding group may be lost"
     size = max(keeping.group_size or len(plan.nodes), plan.tolerate + 1)
     for line in limits(plan_groups(dict(plan.domains), tolerate=plan.tolerate, group_size=size), dict(plan.domains)):

@@ -6,7 +6,7 @@ Rule of this file: it only suits one to the other; and it knows when a run may e
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +23,15 @@ class NotProtected(RuntimeError):
 class Staging:
     """`Snapshots` of `framework/trainer.py` for one rank and generation."""
 
-    def __init__(self, plan: SnapshotPlan, *, rank: int, secret: bytes) -> None:
-        """Attach to this node's vault. Raises WireError or Refused."""
+    def __init__(
+        self, plan: SnapshotPlan, *, rank: int, secret: bytes, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Attach to this node's vault. `given_up` says whether the generation has been ended, so that nobody waits any more.
+
+        Raises WireError or Refused.
+        """
         self._snapshotter = Snapshotter(plan, rank=rank, secret=secret)
-        self._patience_s = plan.deadline_s
+        self._patience_s, self._given_up = plan.deadline_s, given_up
 
     def ready(self) -> bool:
         """Whether there is room for another snapshot."""
@@ -43,6 +48,18 @@ class Staging:
     def staged(self, step: int) -> dict[Piece, Tensor]:
         """What was copied of this step."""
         return self._snapshotter.staged(step)
+
+    def protected(self) -> int:
+        """The newest step of this generation that any tolerated loss leaves decodable; -1: none yet."""
+        protected = self._snapshotter.protected
+        return -1 if protected is None else protected
+
+    def await_protected(self, step: int) -> float:
+        """After the gate: wait until a snapshot of `step` or later is protected, if one is on its way. Returns the seconds."""
+        began = time.monotonic()
+        while self.protected() < step and not self._nothing_comes() and time.monotonic() - began < self._patience_s:
+            time.sleep(0.002)
+        return time.monotonic() - began
 
     def cost_s(self) -> float:
         """What the last snapshot cost this rank."""
@@ -61,20 +78,18 @@ class Staging:
     def finish(self, step: int) -> None:
         """Wait until the snapshot of `step` is protected. Raises NotProtected."""
         self._snapshotter.gate()
-        deadline = time.monotonic() + self._patience_s
-        while not self._is_safe(step):
-            given_up = self._snapshotter.ready() and not self._is_safe(step)  # there is room again, and it is not safe
-            if given_up or self._snapshotter.failure or self._snapshotter.fenced or time.monotonic() > deadline:
-                raise NotProtected(f"the snapshot of step {step} is not protected: {self._why()}")
-            time.sleep(0.005)
+        self.await_protected(step)
+        if self.protected() < step:
+            raise NotProtected(f"the snapshot of step {step} is not protected: {self._why()}")
 
     def close(self) -> None:
         """Let go of the vault's memory."""
         self._snapshotter.close()
 
-    def _is_safe(self, step: int) -> bool:
-        protected = self._snapshotter.protected
-        return protected is not None and protected >= step
+    def _nothing_comes(self) -> bool:
+        """Whether no snapshot is on its way: there is room for another one, or there will never be."""
+        snapshotter = self._snapshotter
+        return snapshotter.ready() or bool(snapshotter.failure) or snapshotter.fenced or self._given_up()
 
     def _why(self) -> str:
         if self._snapshotter.fenced:

@@ -32,6 +32,8 @@ from framework.numeric_guard import NumericGuard
 from parallel.atlas import Piece
 from parallel.engine import Engine
 
+NOTICED = 0.05  # of a step: what it is held up for less than that is in its row, and no event
+
 
 class Feed(Protocol):
     """The samples of every step, as a function of the step alone."""
@@ -51,6 +53,10 @@ class Snapshots(Protocol):
     def begin(self, step: int, extra: dict[str, Any], tensors: dict[Piece, Tensor]) -> None: ...
 
     def gate(self) -> float: ...
+
+    def protected(self) -> int: ...
+
+    def await_protected(self, step: int) -> float: ...
 
     def cost_s(self) -> float: ...
 
@@ -76,8 +82,9 @@ class TrainSettings:
     """The numbers the loop needs. `tokens_per_step` is that of the global batch.
 
     `interval` is how often to snapshot, by what one costs and a step takes, in seconds; 0 steps means never. One is taken
-    whenever `durable_every` steps are full, too, for storage. `mfu` is the
-    model FLOPs utilisation of a step of so many seconds, on the rank that reports.
+    whenever `durable_every` steps are full, too, for storage. With `max_steps_lost`, training waits rather than be further
+    ahead of the newest protected snapshot. `mfu` is the model FLOPs utilisation of a step of so many seconds, on the rank
+    that reports.
     """
 
     num_steps: int
@@ -89,6 +96,7 @@ class TrainSettings:
     interval: Callable[[float, float], Interval]
     max_skips: int
     durable_every: int = 0
+    max_steps_lost: int | None = None
     mfu: Callable[[float], float] | None = None
     spike_sigma: float | None = None
 
@@ -119,6 +127,7 @@ class Report:
     record: bool
     test: bool
     wanted: bool
+    behind: bool
     corrupt: bool
     snapshot_cost_s: float
     step_time_s: float
@@ -157,6 +166,7 @@ class Trainer:
         self._pass_s = 0.0
         self._last_step_s = 0.0
         self._last_snapshot = -1
+        self._start = 0
         self._stall_s = 0.0
         self._said_every = 0
         self._kept = 0
@@ -176,9 +186,9 @@ class Trainer:
 
     def run(self, step: int) -> Outcome:
         """Train from `step` optimizer steps taken to `num_steps`. Raises RuntimeError when a collective fails."""
+        self._start = self._kept = step
         if self._settings.interval(0.0, 0.0).steps > 0:
             self._snapshot(step, must=True)
-        self._kept = step
         began = time.monotonic()
         while step < self._settings.num_steps:
             report = self._pass(step + 1)
@@ -230,11 +240,22 @@ class Trainer:
         self._changed = "" if self._integrity is None else self._integrity.changed()
         defer = self._snapshots is not None and not self._snapshots.ready()
         cost = 0.0 if self._snapshots is None else self._snapshots.cost_s()
-        ready = self._record is not None and self._record.ready()
-        local = [float(self._stop.is_set()), float(defer), float(ready), float(self._test.is_set()), float(bool(self._changed)), float(self._want.is_set()), cost, self._last_step_s]
+        behind = self._is_behind(step)
+        said = (
+            self._stop.is_set(),
+            defer,
+            self._record is not None and self._record.ready(),
+            self._test.is_set(),
+            bool(self._changed),
+            self._want.is_set() or (behind and not defer),  # none is on its way: the last one was given up
+            behind,
+        )
+        local = [*map(float, said), cost, self._last_step_s]
         sums = torch.stack([loss.double(), self._engine.grad_square_sum().double()])
         sums = torch.cat([sums, torch.tensor(local, dtype=torch.float64, device=sums.device)])
-        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, changed_sum, want_sum, cost_sum, time_sum = self._sum(sums).tolist()
+        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, changed_sum, want_sum, behind_sum, cost_sum, time_sum = (
+            self._sum(sums).tolist()
+        )
         if self._integrity is not None and changed_sum == 0:
             self._integrity.passed()
         return Report(
@@ -245,6 +266,7 @@ class Trainer:
             record=ready_sum == self._num_ranks,
             test=test_sum > 0,
             wanted=want_sum > 0,
+            behind=behind_sum > 0,
             corrupt=changed_sum > 0,
             snapshot_cost_s=cost_sum / self._num_ranks,
             step_time_s=time_sum / self._num_ranks,
@@ -299,11 +321,24 @@ class Trainer:
     def _update(self, step: int, report: Report) -> None:
         self._phase(step, "gate")
         if self._snapshots is not None:
-            self._stall_s = self._snapshots.gate()
+            self._stall_s = self._snapshots.gate() + (self._hold_back(step) if report.behind else 0.0)
         self._phase(step, "optimizer")
         clip = self._settings.grad_clip
         scale = min(1.0, clip / (report.grad_norm + 1e-6)) if clip > 0 else 1.0
         self._engine.update(step=step, lr=self._lr(step), grad_scale=scale)
+
+    def _is_behind(self, step: int) -> bool:
+        """Whether, with this step, more would be lost than may be: all ranks then wait, before they take it, for what is on its way."""
+        most = self._settings.max_steps_lost
+        return most is not None and self._snapshots is not None and step - max(self._start, self._snapshots.protected()) > most
+
+    def _hold_back(self, step: int) -> float:
+        assert self._snapshots is not None and self._settings.max_steps_lost is not None, "only then somebody is behind"
+        waited = self._snapshots.await_protected(step - self._settings.max_steps_lost)
+        if waited > NOTICED * self._last_step_s:
+            reason = f"a step was held up: snapshots take longer than fault_tolerance.max_steps_lost={self._settings.max_steps_lost} allows"
+            self._emit({"event": "snapshot", "step": step, "held_up_s": waited, "reason": reason})
+        return waited
 
     def _due(self, step: int, report: Report) -> bool:
         if self._snapshots is None:
@@ -317,11 +352,13 @@ class Trainer:
         return due or report.wanted or (durable > 0 and step // durable > before // durable)
 
     def _take(self, step: int, report: Report, *, last: bool) -> None:
-        if report.defer and not last:
+        most = self._settings.max_steps_lost
+        must = last or (most is not None and step + 1 - self._last_snapshot > most)
+        if report.defer and not must:
             assert self._snapshots is not None, "only snapshots defer"
             self._emit({"event": "snapshot", "step": step, "skipped": True, "reason": self._snapshots.why_not_ready()})
             return
-        self._snapshot(step, must=last)
+        self._snapshot(step, must=must)
 
     def _snapshot(self, step: int, *, must: bool) -> None:
         """Begin a snapshot; one that must be taken waits until all ranks have room for it."""

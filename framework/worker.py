@@ -27,7 +27,7 @@ import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
 from fault_tolerance.catalogue import Snapshot
-from fault_tolerance.interval import fixed, young
+from fault_tolerance.interval import at_most, fixed, young
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import arm
 from framework.build import device_kind, make_engine, make_feed, make_mfu, make_schedule, model_builder, open_data
@@ -238,7 +238,8 @@ class Worker:
                     restore_s=time.monotonic() - built,
                 ),
             })
-            staging = Staging(SnapshotPlan.from_json(order["snapshots"]), rank=order["rank"], secret=self._secret)
+            keeping = SnapshotPlan.from_json(order["snapshots"])
+            staging = Staging(keeping, rank=order["rank"], secret=self._secret, given_up=lambda: self._ended)
             return self._train(engine, mesh, plan, faults, staging, recording, start=recovery["step"], reporter=order["rank"] == 0)
         finally:
             self._phase = "close"
@@ -304,6 +305,7 @@ class Worker:
     def _settings(self, held_out_tokens: int, *, mfu: Callable[[float], float] | None) -> TrainSettings:
         config = self._config
         every, mtbf_s = config.fault_tolerance.every_steps, config.fault_tolerance.mtbf_hours * 3600
+        most = config.fault_tolerance.max_steps_lost
         return TrainSettings(
             num_steps=config.optim.num_steps,
             global_batch=config.optim.global_batch,
@@ -311,7 +313,8 @@ class Worker:
             grad_clip=config.optim.grad_clip,
             eval_every=config.monitor.eval_every,
             held_out_tokens=held_out_tokens,
-            interval=lambda cost_s, step_s: fixed(every) if isinstance(every, int) else young(cost_s, step_s, mtbf_s),
+            interval=lambda cost_s, step_s: fixed(every) if isinstance(every, int) else at_most(most, young(cost_s, step_s, mtbf_s)),
+            max_steps_lost=most,
             max_skips=config.detect.max_skips,
             durable_every=config.fault_tolerance.durable.every_steps,
             mfu=mfu,

@@ -1,4 +1,4 @@
-"""When a snapshot is due: by its interval, for storage, or because it was asked for."""
+"""When a snapshot is due, by its interval, for storage, or because it was asked for; and when training waits for one."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fault_tolerance.interval import fixed
 from framework.trainer import Report, Trainer, TrainSettings
 
+NOTHING: Any = SimpleNamespace()
 
-def trainer(*, every: int, durable_every: int) -> Trainer:
-    nothing: Any = SimpleNamespace()
+
+def trainer(*, every: int, durable_every: int = 0, most: int | None = None, **parts: Any) -> Trainer:
     settings = TrainSettings(
         num_steps=100, global_batch=1, tokens_per_step=1, grad_clip=0.0, eval_every=0, held_out_tokens=0,
-        interval=lambda cost_s, step_s: fixed(every), max_skips=1, durable_every=durable_every,
+        interval=lambda cost_s, step_s: fixed(every), max_skips=1, durable_every=durable_every, max_steps_lost=most,
     )  # fmt: skip
-    return Trainer(
-        engine=nothing, feed=nothing, learning_rate=lambda step: 1.0, snapshots=nothing, faults=nothing,
-        sum_over_ranks=lambda x: x, num_ranks=1, settings=settings, emit=lambda item: None,
-    )  # fmt: skip
+    given = {"engine": NOTHING, "feed": NOTHING, "snapshots": NOTHING, "faults": NOTHING, "emit": lambda item: None} | parts
+    return Trainer(learning_rate=lambda step: 1.0, sum_over_ranks=lambda x: x, num_ranks=1, settings=settings, **given)
 
 
 def report(*, wanted: bool = False) -> Report:
     return Report(
-        loss=1.0, grad_norm=1.0, stop=False, defer=False, record=False, test=False, wanted=wanted, corrupt=False,
+        loss=1.0, grad_norm=1.0, stop=False, defer=False, record=False, test=False, wanted=wanted, behind=False, corrupt=False,
         snapshot_cost_s=0.0, step_time_s=1.0,
     )  # fmt: skip
 
@@ -48,3 +48,98 @@ def test_one_that_is_asked_for_is_due_at_once() -> None:
     one = trainer(every=0, durable_every=0)
     assert not one._due(3, report())
     assert one._due(3, report(wanted=True))
+
+
+class Vaults:
+    """Snapshots that are protected when so many updates more were taken, 0: during the next forward and backward; at once if
+    somebody waits. Some are given up.
+    """
+
+    def __init__(self, takes: int, fails: frozenset[int]) -> None:
+        self.takes, self.fails, self.newest, self.waits, self.begun = takes, fails, -1, 0, list[int]()
+        self._coming: tuple[int, int] | None = None
+
+    def updated(self) -> None:
+        if self._coming is not None:
+            step, left = self._coming
+            self._coming = (step, left - 1)
+            if left <= 1:
+                self._settle()
+
+    def _settle(self) -> None:
+        assert self._coming is not None
+        if self._coming[0] not in self.fails:
+            self.newest = self._coming[0]
+        self._coming = None
+
+    def ready(self) -> bool:
+        return self._coming is None
+
+    def has_room(self) -> bool:
+        if self._coming is not None:
+            self.waits += 1
+            self._settle()
+        return True
+
+    def begin(self, step: int, extra: dict[str, Any], tensors: Any) -> None:
+        assert self._coming is None, "one at a time"
+        self._coming = (step, self.takes)
+        self.begun.append(step)
+
+    def protected(self) -> int:
+        return self.newest
+
+    def await_protected(self, step: int) -> float:
+        if self.newest < step and self._coming is not None:
+            self.waits += 1
+            self._settle()
+        return 0.0
+
+    def gate(self) -> float:
+        if self._coming is not None and self.takes == 0:
+            self._settle()
+        return 0.0
+
+    def cost_s(self) -> float:
+        return 0.0
+
+    def why_not_ready(self) -> str:
+        return "slow"
+
+
+def lags(*, every: int, most: int | None, takes: int, fails: frozenset[int] = frozenset()) -> tuple[list[int], Vaults]:
+    """What a loss right after each of a hundred updates would cost, and what became of the snapshots."""
+    vaults, seen = Vaults(takes, fails), list[int]()
+
+    def update(*, step: int, **_: float) -> None:
+        seen.append(step - max(0, vaults.newest))
+        vaults.updated()
+
+    one = torch.ones(())
+    engine = SimpleNamespace(forward_backward=lambda *_, **__: one, grad_square_sum=lambda: one, state=dict, update=update)
+    faults = SimpleNamespace(at=lambda *_, **__: None, poisoned=lambda: False)
+    feed = SimpleNamespace(batch=lambda step: (None, None))
+    outcome = trainer(every=every, most=most, engine=engine, feed=feed, faults=faults, snapshots=vaults).run(0)
+    assert outcome.kind == "finished" and len(seen) == 100
+    return seen, vaults
+
+
+@pytest.mark.parametrize(("every", "most"), [(1, 1), (1, 3), (2, 2), (2, 5), (10, 10), (7, 12)])
+@pytest.mark.parametrize("takes", [0, 1, 2, 3, 9, 40])
+def test_no_more_is_lost_than_may_be_however_long_snapshots_take(every: int, most: int, takes: int) -> None:
+    """A loss cost the interval and whatever was taken while the newest snapshot was on its way, with nothing to bound it."""
+    seen, vaults = lags(every=every, most=most, takes=takes)
+    assert max(seen) <= most
+    assert vaults.waits == 0 or takes > 0, "whoever is quick is not waited for"
+
+
+def test_nobody_waits_unless_that_is_asked_for() -> None:
+    seen, vaults = lags(every=2, most=None, takes=9)
+    assert vaults.waits <= 1, "the last one, at the end of the run"
+    assert max(seen) == 2 * 9 + 1
+
+
+def test_a_snapshot_that_was_given_up_is_taken_again_as_soon_as_all_ranks_know() -> None:
+    seen, vaults = lags(every=4, most=4, takes=0, fails=frozenset({20}))
+    assert max(seen) == 6, "the step under way when it was given up, and the one in which the ranks tell each other"
+    assert vaults.begun[5:8] == [20, 22, 26] and max(seen[22:]) == 4
