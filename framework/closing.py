@@ -23,6 +23,7 @@ from framework.journal import Journal
 from framework.memory import Memory
 from framework.plan import Plan
 from framework.pool import Pool
+from framework.watch import apart
 from parallel.atlas import TensorSpec
 
 CLOSE_OUT_S = 600.0
@@ -62,13 +63,11 @@ class Closing:
         if wish.at_end if status == "finished" else wish.on_signal:
             self._save(plan, snapshot.step)
         said = self._read_once_more(plan, snapshot, finished=status == "finished")
-        gone = tuple(node for node in plan.nodes if not self._cluster.confirm(node))
-        if not gone and not self._memory.lost:
+        gone, lost = [node for node in plan.nodes if not self._cluster.confirm(node)], sorted(self._memory.lost)
+        if not gone and not lost:
             return said
-        ranks = tuple(rank for node in gone for rank in plan.ranks_on(node))
-        nodes = gone or tuple(sorted(self._memory.lost))
         evidence = "lost while the last state was saved"
-        return Trouble("node_loss" if gone else "crash", ranks, nodes, evidence, self._journal.reached, time.time())
+        return apart(plan, gone, evidence, step=self._journal.reached, now=time.time(), nodes=lost)
 
     def last_word(self, error: Exception) -> str:
         """Why it cannot go on, what still exists, and how to go on from that."""

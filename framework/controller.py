@@ -45,7 +45,7 @@ from framework.sentinel import Sentinel, lend_rings, settings_of
 from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
 from framework.vitals import Vitals
-from framework.watch import Limits, Sight, judge, notice
+from framework.watch import Limits, Sight, apart, judge, notice
 from framework.weighing import Costs, Outlook
 from parallel.layout import Layout
 
@@ -279,9 +279,8 @@ class Controller:
 
     def _unmustered(self, plan: Plan, error: Exception) -> Trouble:
         """Why a crew could not be called together."""
-        gone = tuple(node for node in plan.nodes if not self._cluster.confirm(node))
-        ranks = tuple(rank for node in gone for rank in plan.ranks_on(node))
-        return Trouble("node_loss" if gone else "crash", ranks, gone, str(error), plan.source.step, time.time())
+        gone = [node for node in plan.nodes if not self._cluster.confirm(node)]
+        return apart(plan, gone, str(error), step=plan.source.step, now=time.time())
 
     # watch
 

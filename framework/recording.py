@@ -17,7 +17,10 @@ from parallel.record import Phase
 from parallel.recorder import Recorder, install
 from parallel.recorder_build import library, why_not
 
-PHASES = {"forward": Phase.TRAIN, "staging": Phase.SNAPSHOT, "evaluate": Phase.EVALUATE, "test": Phase.EVALUATE}
+PHASES = {
+    "forward": Phase.TRAIN, "staging": Phase.SNAPSHOT, "protection": Phase.SNAPSHOT, "evaluate": Phase.EVALUATE,
+    "test": Phase.EVALUATE,
+}  # fmt: skip
 
 
 class Recording:

@@ -334,6 +334,7 @@ class Trainer:
 
     def _hold_back(self, step: int) -> float:
         assert self._snapshots is not None and self._settings.max_steps_lost is not None, "only then somebody is behind"
+        self._phase(step, "protection")
         waited = self._snapshots.await_protected(step - self._settings.max_steps_lost)
         if waited > NOTICED * self._last_step_s:
             reason = f"a step was held up: snapshots take longer than fault_tolerance.max_steps_lost={self._settings.max_steps_lost} allows"

@@ -10,13 +10,13 @@ Rule of this file: pure. The controller looks, this decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from framework.incident import Trouble
 from framework.plan import Plan
 
-PATIENT = frozenset({"evaluate", "staging", "test"})
+PATIENT = frozenset({"evaluate", "staging", "protection", "test"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,12 @@ def judge(sight: Sight, plan: Plan, limits: Limits) -> Trouble | None:
         or _stall(sight, plan, limits)
         or notice(sight, plan)
     )
+
+
+def apart(plan: Plan, gone: Sequence[str], evidence: str, *, step: int, now: float, nodes: Sequence[str] = ()) -> Trouble:
+    """Trouble that came when no crew was at work: machines of a plan are gone, else something on `nodes` failed."""
+    ranks = tuple(rank for node in gone for rank in plan.ranks_on(node))
+    return Trouble("node_loss" if gone else "crash", ranks, tuple(gone or nodes), evidence, step, now)
 
 
 def _trouble(kind: str, ranks: list[int], evidence: str, sight: Sight, plan: Plan, silent_s: float = 0.0) -> Trouble:
