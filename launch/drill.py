@@ -73,7 +73,7 @@ def _run(drill: Drill, overrides: Sequence[str], root: Path, twins: dict[tuple[s
     if end.exit_code not in (0, 130) or end.exit_code != drill.exit_code:
         return found
     keeping = run_dir.config(run)["fault_tolerance"]
-    if (key := tuple(words)) not in twins:
+    if (key := _settings(words)) not in twins:
         twins[key] = root / f"{drill.name}-twin"
         _train(twins[key], words)
     before = None
@@ -82,6 +82,11 @@ def _run(drill: Drill, overrides: Sequence[str], root: Path, twins: dict[tuple[s
         _train(run, [*words, f"resume={before}"])
     every, durable = keeping["every_steps"], keeping["durable"]["every_steps"]
     return found + list(checks(run, twins[key], every_steps=every, durable_steps=durable, drill=drill, before=before))
+
+
+def _settings(words: Sequence[str]) -> tuple[str, ...]:
+    """What the overrides come to: of a key that is given twice the last value counts, and the order of others does not."""
+    return tuple(sorted({word.partition("=")[0]: word for word in words}.values()))
 
 
 def _train(directory: Path, words: Sequence[str], drill: Drill | None = None) -> Ending:
