@@ -97,7 +97,7 @@ def _preset(preset: str, options: argparse.Namespace) -> dict[str, Any]:
         for client in clients:
             client.open(plan)
         with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="bench-") as folder:
-            rows = _ranks(_job(plan, secret, model, folder, options))
+            rows = _ranks(_job(plan, secret, model, folder, options) | {"vaults": [vault.pid for vault in vaults]})
         seconds = [e for c in clients for e in c.watch(0) if e["kind"] == "snapshot" and e["state"] == "protected"]
     finally:
         for vault in vaults:

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
@@ -38,7 +39,9 @@ Row = dict[str, Any]
 
 
 class Way(Protocol):
-    """How the state is kept. `begin` returns the seconds that training could not go on."""
+    """How the state is kept. What `begin` and `gate` take is time in which training does not go on."""
+
+    def ready(self) -> bool: ...
 
     def begin(self, step: int) -> None: ...
 
@@ -49,6 +52,10 @@ class Way(Protocol):
 
 class Nothing:
     """No snapshots."""
+
+    def ready(self) -> bool:
+        """Always."""
+        return True
 
     def begin(self, step: int) -> None:
         """Nothing."""
@@ -64,10 +71,12 @@ class Holdfast:
         self._engine, self._last = engine, -1
         self._snapshotter = Snapshotter(plan, rank=rank, secret=bytes.fromhex(job["secret"]))
 
+    def ready(self) -> bool:
+        """Whether there is room. As in a run each rank says so in the step's report, and what finds none is left out."""
+        return self._snapshotter.ready()
+
     def begin(self, step: int) -> None:
-        """All ranks agree whether there is room, as in a run; a snapshot that finds none is left out there, and waits here."""
-        while not _everywhere(self._snapshotter.ready()):
-            time.sleep(0.001)
+        """As a run does right after its update."""
         self._snapshotter.begin(step, {"step": step}, self._engine.state())
         self._last = step
 
@@ -88,6 +97,10 @@ class TorchSave:
     def __init__(self, engine: FsdpEngine, folder: Path, rank: int) -> None:
         self._engine, self._file = engine, folder / f"torch-{rank}.pt"
 
+    def ready(self) -> bool:
+        """Nothing is under way."""
+        return True
+
     def begin(self, step: int) -> None:
         """All of it is stall."""
         torch.save({piece.tensor: tensor for piece, tensor in self._engine.state().items()}, self._file)
@@ -104,6 +117,10 @@ class Dcp:
         self._group = dist.new_group(backend="gloo")
         self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._pending: Any = None
+
+    def ready(self) -> bool:
+        """A save that is not done yet is waited for."""
+        return True
 
     def begin(self, step: int) -> None:
         """A save that is still under way is waited for: the stager's memory is its source."""
@@ -163,15 +180,20 @@ class Bench:
             "async_save process": Dcp(self.engine, folder, "process"),
         }
         self.step = 0
+        self._ready = True
+        self._vault = psutil.Process(job["vaults"][rank])
 
     def block(self, name: str, *, every: int, steps: int) -> Row:
         """Train `steps` steps and keep the state after every `every`-th, the first included."""
-        way, stalls, times = self.ways[name], list[float](), list[float]()
+        way, stalls, times, number = self.ways[name], list[float](), list[float](), 0
+        self._ready = True
         dist.barrier()
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), self._processor_s()
         for index in range(steps):
             at = time.perf_counter()
-            stalls.append(self._one(way, take=index % every == 0))
+            take = index % every == 0 and self._ready
+            stalls.append(self._one(way, take=take))
+            number += take and name != "none"
             times.append(time.perf_counter() - at)
         at = time.perf_counter()
         way.drain()
@@ -179,9 +201,11 @@ class Bench:
         ended = time.perf_counter()
         worst = torch.tensor(stalls, dtype=torch.float64)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
-        number = len(range(0, steps, every)) if name != "none" else 0
+        used = torch.tensor([self._processor_s() - cpu], dtype=torch.float64)
+        dist.all_reduce(used)
         return {
             "way": name, "every": every, "steps": steps, "number": number, "seconds": ended - began, "drain": ended - at,
+            "cpu": used.item(),
             "times": times, "stall": worst.sum().item() / max(1, number),
         }  # fmt: skip
 
@@ -193,13 +217,21 @@ class Bench:
             way.begin(self.step)
         stall = time.perf_counter() - began
         self.engine.forward_backward(tokens[:, :-1], tokens[:, 1:], num_tokens=tokens.shape[0] * 2 * self._job["seq_len"])
-        self._mesh.sum(self.engine.grad_square_sum().reshape(1))
+        report = torch.stack([self.engine.grad_square_sum().double(), torch.tensor(float(not way.ready()), dtype=torch.float64)])
+        self._ready = self._mesh.sum(report)[1].item() == 0
         began = time.perf_counter()
         way.gate()
         stall += time.perf_counter() - began
         self.step += 1
         self.engine.update(step=self.step, lr=1e-4, grad_scale=1.0)
         return stall
+
+
+    def _processor_s(self) -> float:
+        """Processor seconds of this rank, what it has started, and its node's vault."""
+        mine = psutil.Process()
+        times = [process.cpu_times() for process in (mine, *mine.children(recursive=True), self._vault)]
+        return sum(t.user + t.system for t in times)
 
 
 def _everywhere(here: bool) -> bool:

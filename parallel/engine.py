@@ -121,6 +121,11 @@ class FsdpEngine:
         self._adamw = AdamW(
             self._leaves.trained(), betas=options.betas, eps=options.eps, weight_decay=options.weight_decay
         )
+        self._pieces = {  # made once: it is asked for between two steps
+            piece: getattr(self._leaves.slots[name], kind)
+            for piece in self.atlas.held(mesh.rank)
+            for kind, _, name in [piece.tensor.partition("/")]
+        }
 
     def forward_backward(self, tokens_BT: Tensor, labels_BT: Tensor, *, num_tokens: int) -> Tensor:
         """See `Engine`."""
@@ -156,11 +161,7 @@ class FsdpEngine:
 
     def state(self) -> dict[Piece, Tensor]:
         """See `Engine`."""
-        return {
-            piece: getattr(self._leaves.slots[name], kind)
-            for piece in self.atlas.held(self._mesh.rank)
-            for kind, _, name in [piece.tensor.partition("/")]
-        }
+        return dict(self._pieces)
 
     def initialise(self, weights: Weights) -> None:
         """See `Engine`."""
@@ -175,6 +176,7 @@ class FsdpEngine:
         """See `Engine`."""
         self._leaves.discard()
         self._stages.clear()
+        self._pieces.clear()
         del self._runner, self._adamw, self._leaves
 
     def _assemble(self, build: Callable[[], nn.Module], tied: tuple[Tie, ...]) -> dict[int, nn.Module]:
