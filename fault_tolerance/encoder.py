@@ -176,11 +176,12 @@ class _StripeJob:
         self._host, self._version, self._stripe = host, version, stripe
         plan, node = version.plan, version.node
         self._group = plan.group_of(node)
+        self._replica = self._group.k == self._group.m == 1  # the parity is the block itself, and is received in its place
         self._length, self._chunk = plan.block_bytes(node), plan.chunk_bytes
         self._blocks = [(n, _block(self._group, n, stripe.index)) for n in stripe.data]
         self._real = [plan.real_bytes(n, b) for n, b in self._blocks]
         size = min(self._chunk, self._length)
-        self._data = [np.zeros(size, np.uint8) for _ in stripe.data]
+        self._data = [] if self._replica else [np.empty(size, np.uint8) for _ in stripe.data]
         self._parity = [np.empty(size, np.uint8) for _ in stripe.parity[1:]]
         self._sources = [stack.enter_context(host.peers.borrow(n)) if r else None for n, r in self._from()]
         self._sinks = [stack.enter_context(host.peers.borrow(n)) for n in stripe.parity[1:]]
@@ -196,9 +197,12 @@ class _StripeJob:
         for chunk, start in enumerate(range(0, self._length, self._chunk)):
             check()
             length = min(self._chunk, self._length - start)
-            for index in range(self._group.k):
-                self._receive(index, chunk, start, length)
             own = self._version.block("parity", 0)[start : start + length]
+            if self._replica:
+                hashes.append(self._receive(0, chunk, start, own))
+                continue
+            for index, buffer in enumerate(self._data):
+                self._receive(index, chunk, start, buffer[:length])
             parity = [own, *(buffer[:length] for buffer in self._parity)]
             codec.encode([buffer[:length].data for buffer in self._data], [p.data for p in parity])
             hashes.append(crc32c(own))
@@ -215,15 +219,18 @@ class _StripeJob:
         if length != real:
             raise WireError(f"block {block} of node {node} must have {real} bytes, got {length}")
 
-    def _receive(self, index: int, chunk: int, start: int, length: int) -> None:
-        real, buffer = max(0, min(length, self._real[index] - start)), self._data[index]
-        channel = self._sources[index]
+    def _receive(self, index: int, chunk: int, start: int, buffer: Bytes) -> int:
+        """Fill `buffer` with a chunk of a block and the zeros behind its end. Returns its hash, which is right."""
+        real = max(0, min(len(buffer), self._real[index] - start))
+        channel, value = self._sources[index], 0
         if channel is not None and real:
             channel.recv_into(buffer[:real].data)
+            value = crc32c(buffer[:real])
             node, block = self._blocks[index]
-            if crc32c(buffer[:real]) != int(self._version.metas[node].hashes[block][chunk]):
+            if value != int(self._version.metas[node].hashes[block][chunk]):
                 raise StripeFailed(f"chunk {chunk} of block {block} of node {node} does not have its hash")
-        buffer[real:length] = 0
+        buffer[real:] = 0
+        return crc32c(buffer[real:], value)
 
     def _push(self, sink: Channel, number: int, start: int, part: Bytes) -> None:
         last = start + len(part) >= self._length
