@@ -43,11 +43,12 @@ class Injection:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Seconds of a forward of one microbatch, bytes of messages, how noisy."""
+    """Seconds of a forward of one microbatch, bytes of what goes over each axis, how noisy."""
 
     forward_s: float = 0.010
     message_bytes: int = 64 << 10
     gradient_bytes: int = 256 << 10
+    activation_bytes: int = 16 << 10
     num_microbatches: int = 3
     noise: float = 0.05
 
@@ -170,7 +171,7 @@ class _Trainer:
         self.dice, self.out = dice, out
         self.pp, self.dp, self.tp = layout.seat(rank)
         self.message = torch.zeros(load.message_bytes // 4)
-        self.activation = torch.zeros(4096)
+        self.activation = torch.zeros(load.activation_bytes // 4)
         self.gradient = torch.zeros(load.gradient_bytes // 4 // layout.dp * layout.dp)
         self.norm = torch.zeros(2)
         self.slow = 1.0

@@ -57,7 +57,7 @@ class Recorder:
         return self._extension is not None
 
     def mark(self, step: int, phase: Phase) -> None:
-        """Note that the trainer has now taken `step` steps and enters `phase`. Costs under a microsecond."""
+        """Note that the trainer has now taken `step` steps and enters `phase`. Costs a few microseconds, one read of /proc."""
         if self._ring is not None:
             self._ring.mark(step, int(phase))
 
