@@ -30,7 +30,6 @@ from framework.reach import Reach, reachable
 from framework.run_dir import RunDir
 from framework.startup import Startup
 from framework.telemetry import Telemetry
-from parallel.deepspeed_library import check_installed
 from parallel.recorder_build import build_beside
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
@@ -45,6 +44,8 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
     Raises ValueError for what the user can mend.
     """
     if config.layout.engine == "deepspeed":
+        from parallel.deepspeed_library import check_installed  # it brings PyTorch, seconds that no other run must wait for
+
         check_installed()
     resumed = resolve(config.resume)
     changed = check_same(config, resumed) if resumed is not None else ()

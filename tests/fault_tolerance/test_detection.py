@@ -36,8 +36,7 @@ def extension():
         ("2x2x1", Injection("sigstop", 1, 14)),
         ("2x2x1", Injection("gil", 3, 14)),
         ("2x2x1", Injection("skipped", 0, 14)),
-        ("1x4x1", Injection("straggler", 3, 14, 2.0)),
-        ("2x2x1", Injection("straggler", 2, 14, 3.0)),
+        ("2x2x1", Injection("straggler", 2, 14, 2.0)),
         ("2x2x1", Injection("none")),
     ],
 )
@@ -50,9 +49,8 @@ def test_who_misbehaves_is_named_soon(layout, injection):
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
-@pytest.mark.parametrize(("layout", "link"), [("2x2x1", (0, 2)), ("1x4x1", (1, 2))])
-def test_a_link_limited_by_the_switch_is_named(layout, link):
-    outcome = run(Layout.parse(layout), Injection("slow_link", link[0], 14, 5.0, link[1]), seed=2)
+def test_a_link_limited_by_the_switch_is_named():
+    outcome = run(Layout.parse("1x4x1"), Injection("slow_link", 1, 14, 5.0, 2), seed=2)
     assert outcome.right, outcome
 
 
@@ -74,10 +72,9 @@ def _first_verdict(layout: Layout, hosts: Hosts, breaks) -> Verdict:
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
-@pytest.mark.parametrize("layout", ["1x4x1", "2x2x1"])
-def test_a_host_that_is_cut_off_is_named(layout):
+def test_a_host_that_is_cut_off_is_named():
     with Hosts(4) as hosts:
-        found = _first_verdict(Layout.parse(layout), hosts, lambda: hosts.cut(2))
+        found = _first_verdict(Layout.parse("2x2x1"), hosts, lambda: hosts.cut(2))
     assert (found.kind, found.ranks, found.nodes) == (Kind.NODE_LOSS, (2,), ("node2",)), found
 
 

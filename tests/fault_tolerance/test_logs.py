@@ -71,7 +71,7 @@ def healthy(dice: random.Random, ranks: int, seconds: float) -> list[Line]:
 @pytest.mark.slow
 def test_the_first_cause_is_named_among_its_effects():
     right = 0
-    for seed in range(100):
+    for seed in range(20):
         dice = random.Random(seed)
         background = Background()
         background.learn(healthy(dice, 64, 600), rank_seconds=64 * 600)
@@ -85,7 +85,7 @@ def test_the_first_cause_is_named_among_its_effects():
                 lines.append(Line(rank, late + 1, "RuntimeError: Connection closed by peer [10.0.0.3]:4242"))
         causes = likely_causes(lines, background, num_ranks=64, window_s=600)
         right += causes[0].line.rank == culprit and "Xid 79" in str(causes[0])
-    assert right >= 95
+    assert right >= 19
 
 
 def test_a_healthy_log_has_no_cause():

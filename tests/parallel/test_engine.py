@@ -62,11 +62,9 @@ def test_it_keeps_the_promises_of_the_seam(pool: Pool, layout: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "schedule"),
     [
-        ("1x2x1", "1f1b"),
         ("2x2x1", "1f1b"),
         ("2x1x1", "zbv_zero_bubble"),
         ("1x2x2", "1f1b"),
-        ("2x2x2", "interleaved_1f1b"),
     ],
 )
 def test_the_same_layout_twice_gives_the_same_bits(pool: Pool, layout: str, schedule: str) -> None:
@@ -80,7 +78,6 @@ def test_the_same_layout_twice_gives_the_same_bits(pool: Pool, layout: str, sche
     [
         ("2x1x1", "1f1b"),
         ("2x2x1", "interleaved_zero_bubble"),
-        ("2x2x1", "zbv_zero_bubble"),
         ("2x1x2", "zbv_zero_bubble"),
         ("1x2x2", "1f1b"),
     ],
@@ -93,7 +90,7 @@ def test_a_tied_embedding_stays_one_parameter(pool: Pool, one: Reference, layout
     assert state_error(one(job), ranks) < 1e-4
 
 
-@pytest.mark.parametrize(("layout", "num_microbatches"), [("1x4x1", 1), ("1x2x1", 2), ("2x2x1", 2), ("1x3x1", 1)])
+@pytest.mark.parametrize(("layout", "num_microbatches"), [("2x2x1", 2), ("1x3x1", 1)])
 def test_padding_with_ignored_samples_changes_nothing(
     pool: Pool, one: Reference, layout: str, num_microbatches: int
 ) -> None:
@@ -104,7 +101,7 @@ def test_padding_with_ignored_samples_changes_nothing(
     assert state_error(one(job), ranks) < 1e-4
 
 
-@pytest.mark.parametrize("layout", ["1x1x2", "1x1x4", "1x2x2", "2x1x2"])
+@pytest.mark.parametrize("layout", ["1x1x2", "2x1x2"])
 def test_without_sequence_parallelism_the_numbers_are_the_same(pool: Pool, one: Reference, layout: str) -> None:
     job = Job(layout=layout)
     ranks = pool.run(train, job.but(wrapping={"sequence_parallel": False}), world=job.world)
@@ -114,7 +111,7 @@ def test_without_sequence_parallelism_the_numbers_are_the_same(pool: Pool, one: 
 
 @pytest.mark.parametrize(
     ("layout", "schedule"),
-    [("1x1x1", "1f1b"), ("1x2x1", "1f1b"), ("2x2x1", "interleaved_zero_bubble"), ("2x1x1", "zbv_zero_bubble")],
+    [("1x2x1", "1f1b"), ("2x1x1", "zbv_zero_bubble")],
 )
 def test_activation_checkpointing_does_not_change_a_bit(pool: Pool, layout: str, schedule: str) -> None:
     job = Job(layout=layout, schedule=schedule)
@@ -123,7 +120,7 @@ def test_activation_checkpointing_does_not_change_a_bit(pool: Pool, layout: str,
     assert same_bits(kept, again)
 
 
-@pytest.mark.parametrize(("layout", "schedule"), [("1x2x1", "1f1b"), ("2x2x1", "1f1b"), ("2x2x1", "interleaved_1f1b")])
+@pytest.mark.parametrize(("layout", "schedule"), [("1x2x1", "1f1b"), ("2x2x1", "interleaved_1f1b")])
 def test_letting_go_of_parameters_after_forward_does_not_change_a_bit(pool: Pool, layout: str, schedule: str) -> None:
     job = Job(layout=layout, schedule=schedule)
     kept = pool.run(train, job, world=job.world)
@@ -131,7 +128,7 @@ def test_letting_go_of_parameters_after_forward_does_not_change_a_bit(pool: Pool
     assert same_bits(kept, again)
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x2x1", "2x1x1", "1x1x2", "2x2x1"])
+@pytest.mark.parametrize("layout", ["1x1x2", "2x2x1"])
 def test_bf16_computes_in_bf16_and_keeps_fp32_state(pool: Pool, one: Reference, layout: str) -> None:
     job = Job(layout=layout)
     ranks = pool.run(train, job.but(wrapping={"precision": "bf16"}), world=job.world)
@@ -165,15 +162,14 @@ def test_a_state_goes_on_under_another_layout(pool: Pool, one: Reference, before
     assert state_error(reference, ranks) < 1e-4
 
 
-@pytest.mark.parametrize("layout", ["1x2x1", "2x1x1", "2x2x1"])
-def test_a_model_of_ones_own_needs_only_the_contract(pool: Pool, one: Reference, layout: str) -> None:
-    job = Job(layout=layout, model=USER, target=Recurrence)
+def test_a_model_of_ones_own_needs_only_the_contract(pool: Pool, one: Reference) -> None:
+    job = Job(layout="2x2x1", model=USER, target=Recurrence)
     ranks = pool.run(train, job, world=job.world)
     assert loss_error(one(job), ranks) < 1e-5
     assert state_error(one(job), ranks) < 1e-4
 
 
-@pytest.mark.parametrize("layout", ["1x1x2", "1x2x2", "2x1x2"])
+@pytest.mark.parametrize("layout", ["1x2x2", "2x1x2"])
 def test_a_plan_of_ones_own_cuts_it_too(pool: Pool, one: Reference, layout: str) -> None:
     job = Job(layout=layout, model=USER, target=Planned, wrapping={"sequence_parallel": False})
     ranks = pool.run(train, job, world=job.world)
