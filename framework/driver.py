@@ -44,7 +44,7 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
     Raises ValueError for what the user can mend.
     """
     if config.layout.engine == "deepspeed":
-        from parallel.deepspeed_library import check_installed  # it brings PyTorch, seconds that no other run must wait for
+        from parallel.deepspeed_library import check_installed  # brings PyTorch: seconds for every other run
 
         check_installed()
     resumed = resolve(config.resume)
