@@ -3,7 +3,12 @@
 pytest -m "not slow and not cluster"     what `make test-fast` runs: under a minute on two cores
 """
 
+import signal
+
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # who starts the tests in the background must not decide what they see
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

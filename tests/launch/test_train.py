@@ -96,8 +96,7 @@ def test_the_doctor_examines_every_node_and_every_way(tmp_path: Path) -> None:
     done = subprocess.run(
         [HOLDFAST, "doctor", "cluster.num_nodes=3"], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )
-    named = "times slower" in done.stdout or "usual are" in done.stdout  # a busy machine may well have somebody slow
-    assert done.returncode == int(named), f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0 and "wrong: " not in done.stdout, f"{done.stdout}\n{done.stderr}"  # somebody may be slow: odd, no more
     assert re.findall(r"^(n\d -> n\d):", done.stdout, flags=re.MULTILINE) == [f"n{a} -> n{b}" for a in range(3) for b in range(3) if a != b]
     assert "torch 2.13.0" in done.stdout and "lo (" in done.stdout and "GFLOP/s" in done.stdout
     assert os.listdir(tmp_path) == []
