@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -91,12 +92,14 @@ class Reader:
 
     def digest(self, atlas: Atlas, rank: int, tensors: Mapping[Piece, torch.Tensor]) -> int:
         """This rank's share in the digest of the logical state: over what it owns, so that each element counts once."""
-        total = 0
-        for piece, home in atlas.shares(rank):
-            tensor = carrier(tensors[home])[piece.box.within(home.box)]
-            array = tensor.cpu().numpy()
-            total = combine(total, digest(array, name=piece.tensor, box=piece.box))
-        return total
+
+        def share(part: tuple[Piece, Piece]) -> int:
+            piece, home = part
+            array = carrier(tensors[home])[piece.box.within(home.box)].cpu().numpy()
+            return digest(array, name=piece.tensor, box=piece.box)
+
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="digest") as pool:
+            return reduce(combine, pool.map(share, atlas.shares(rank)), 0)
 
     def close(self) -> None:
         """End all connections."""

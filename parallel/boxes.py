@@ -32,7 +32,7 @@ class Box:
     @property
     def shape(self) -> tuple[int, ...]:
         """Extent along each dimension; 0 where the box is empty."""
-        return tuple(max(0, b - a) for a, b in zip(self.start, self.stop, strict=True))
+        return tuple([b - a if b > a else 0 for a, b in zip(self.start, self.stop, strict=True)])  # asked for very often
 
     @property
     def size(self) -> int:
