@@ -19,8 +19,6 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 
-import torch
-
 COPY_BYTES, PRODUCT_SIZE, REPEATS = 32 << 20, 512, 5
 LIBRARIES = ("torch", "ray", "numpy")
 
@@ -60,6 +58,8 @@ class Probe:
 
     def speeds(self) -> dict[str, float]:
         """Bytes per second of a copy, and FLOP per second of a matrix product, with one thread."""
+        import torch  # only here: seconds and 200 MB that a node's agent, which may never be asked this, does without
+
         source, target = torch.zeros(COPY_BYTES, dtype=torch.uint8), torch.zeros(COPY_BYTES, dtype=torch.uint8)
         a = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE)
         copy = min(_timed(lambda: target.copy_(source)) for _ in range(REPEATS))
