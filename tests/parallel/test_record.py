@@ -80,6 +80,20 @@ def test_a_reader_hands_out_only_news_and_what_was_open(tmp_path):
     assert len(decode(reader.read(whole=True)).records) == 4
 
 
+def test_a_reader_that_reads_only_what_is_new_misses_nothing_where_the_ring_goes_round(tmp_path):
+    fd = create("ring", directory=tmp_path, num_slots=64)
+    reader, seen, head = RingReader(tmp_path / "ring"), [], 0
+    for count in (40, 40, 1, 0, 63, 64, 200):
+        head += count
+        newest = {ticket % 64: ticket for ticket in range(max(0, head - 64), head)}
+        slots = [{"stamp": newest[at] + 1 if at in newest else 0, "state": 1} for at in range(64)]
+        os.pwrite(fd, _ring(slots, head=head), 0)
+        found = [record.ticket for record in decode(reader.read()).records]
+        assert found == list(range(max(head - count, head - 64), head))
+        seen += found
+    assert seen == sorted(set(seen))
+
+
 def test_a_reader_knows_a_dead_process_from_one_with_its_number():
     mine = process_state(os.getpid(), 0)
     assert mine[1] == b"R" and mine[0] > 0
