@@ -1,25 +1,29 @@
 """Step time of holdfast against a bare torchrun script with the same model, layout and batch, interleaved in one run.
 
-    python benchmarks/step_time.py [--layouts 1x1x1 ...] [--pairs 5] [--steps 40] [--more] [--out benchmarks/results/step_time.json]
+    python benchmarks/step_time.py [--layouts 1x1x1 ...] [--pairs 5] [--steps 20] [--more] [--out benchmarks/results/step_time.json]
 
-    pair i:  bare | off | nodes | on        each a fresh start, the first steps left out
+    bare | off | bare | nodes | bare | on | bare | ...        each a fresh start, the first steps left out
+
              bare   torchrun: all ranks on one machine
              off    holdfast, all workers on one machine, snapshots off
              nodes  holdfast, every worker on an emulated machine of its own, with its raylet and agent, snapshots off
              on     the same with snapshots
-    ratio:   the median over the pairs of (median step of holdfast / median step of bare)
+    ratio:   the median over the pairs of (median step of holdfast / mean of the median steps of the bare runs before and after)
+    control: the same for a bare run and the bare run before it: what the machine alone makes of equal things
+    beside:  processor seconds of all processes of the run that are no rank, as a share of the ranks' own in the same run, which no
+             change of the machine's speed disturbs; where ranks keep all cores busy, their steps take longer by so much
 
 The goal is for `off`, which has the processes that a machine has; `nodes` puts those of several machines onto this one.
 
 Holdfast is what `holdfast train` runs: controller, raylets, vaults, W&B offline; its step times are those of
-`metrics.jsonl`. The bare side is `step_time_bare.py`. Order within a pair turns with the pairs. The processor column is
-that of all processes below the command, per step, and is disturbed less by what else the machine does. Each holdfast run
+`metrics.jsonl`. The bare side is `step_time_bare.py`. Which side follows which turns with the pairs. Each holdfast run
 also says where the seconds from its command to its first step went; the medians are printed below the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -28,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +43,8 @@ from framework import run_dir
 ROOT = Path(__file__).resolve().parent.parent
 GOAL = 1.03
 LAYOUTS = ("1x1x1", "1x2x1", "2x2x1", "2x2x2")
-SIDES = ("bare", "off", "nodes", "on")
-TITLES = {"off": "one machine", "nodes": "a machine a rank", "on": "with snapshots"}
+SIDES = {"off": "one machine", "nodes": "a machine a rank", "on": "with snapshots"}
+Found = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sides", nargs="+", default=tuple(SIDES), choices=tuple(SIDES))
     parser.add_argument("--model", default="laptop")
     parser.add_argument("--more", action="store_true", help="add the pairs to those that the file has")
     parser.add_argument("--every", default="auto", help="steps between snapshots on the side that takes them")
@@ -57,67 +62,76 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     for layout in options.layouts:
-        before = found.get(layout, []) if options.more else []
-        found[layout] = before + [_pair(layout, len(before) + pair, options) for pair in range(options.pairs)]
+        before = found.get(layout) if options.more else None
+        found[layout] = before or {side: [] for side in SIDES} | {"control": []}
         found["machine"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
         found["run"] = {"model": options.model, "steps": options.steps, "every": options.every, "note": options.note}
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        for _ in _rounds(layout, found[layout], options):
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
         print(_row(layout, found[layout]), flush=True)
     text = report(found)
     options.out.with_suffix(".md").write_text(text)
     print(text)
 
 
-def report(found: dict[str, Any]) -> str:
+def report(found: Found) -> str:
     """The page that is published."""
-    rows = [_row(layout, found[layout]) for layout in LAYOUTS if layout in found]
     lines = [
         "# Step time: holdfast against a bare torchrun script\n",
         f"`benchmarks/step_time.py`, model {found['run']['model']}, global batch 8 x 256 tokens, {found['run']['steps']} steps a run, the first "
-        f"quarter left out; {found['machine']}. Medians over the pairs; in brackets the smallest and largest pair. Goal: {GOAL}.\n",
-        "| layout (pp x dp x tp) | pairs | bare ms | " + " | ".join(TITLES.values()) + " | " + ", processor | ".join(TITLES.values())
-        + ", processor | one machine |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        *rows,
+        f"quarter left out; {found['machine']}. Medians over the pairs; in brackets the smallest and the largest. Goal: {GOAL} on one machine.\n",
+        "| layout (pp x dp x tp) | pairs | bare ms | control | " + " | ".join(SIDES.values()) + " | "
+        + " | ".join(f"beside: {title}" for title in SIDES.values()) + " | goal |",
+        "|" + " --- |" * (5 + 2 * len(SIDES)),
+        *(_row(layout, found[layout]) for layout in LAYOUTS if layout in found),
         "\n" + found["run"].get("note", ""),
-        "\nOne machine: all ranks on one node, as torchrun has them, snapshots off. A machine a rank: as many emulated nodes, each with its "
-        "raylet and agent, on the same cores. With snapshots: the same, `fault_tolerance.every_steps=" + found["run"]["every"] + "`. Processor: seconds of all processes of the run per step, as a "
-        "ratio to the bare ranks' own.\n",
+        "\nControl: a bare run against the bare run before it. One machine: all ranks on one node, as torchrun has them, snapshots off. A "
+        "machine a rank: as many emulated nodes, each with its raylet and agent, on the same cores. With snapshots: the same, "
+        f"`fault_tolerance.every_steps={found['run']['every']}`. Beside: processor time of all that is no rank, in percent of the ranks'.\n",
         "## From the command to the first step, seconds (medians)\n",
         "| layout | total | " + "parts |",
         "| --- | --- | --- |",
     ]
     for layout in LAYOUTS:
-        if layout in found:
-            starts = [pair[side]["startup"] for pair in found[layout] for side in SIDES[1:] if side in pair]
+        starts = [run["startup"] for side in SIDES for run in found.get(layout, {}).get(side, [])]
+        if starts:
             parts = {name: statistics.median(s.get(name, 0.0) for s in starts) for name in starts[0]}
             words = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items() if seconds >= 0.01)
             lines.append(f"| {layout} | {statistics.median(sum(s.values()) for s in starts):.1f} | {words} |")
     return "\n".join(lines) + "\n"
 
 
-def _row(layout: str, pairs: list[dict[str, Any]]) -> str:
-    def ratios(side: str, what: str) -> list[float]:
-        return [pair[side][what] / pair["bare"][what] for pair in pairs if side in pair]
+def _row(layout: str, found: Found) -> str:
+    def cell(values: list[float], form: str = ".3f") -> str:
+        return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})" if values else "-"
 
-    def cell(values: list[float]) -> str:
-        if not values:
-            return "as one"
-        return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
-
-    off, bare = ratios("off", "step_s"), statistics.median(pair["bare"]["step_s"] for pair in pairs)
-    verdict = "met" if statistics.median(off) <= GOAL else "missed"
-    cells = [cell(ratios(side, what)) for what in ("step_s", "cpu_s") for side in TITLES] + [verdict]
-    return f"| {layout} | {len(pairs)} | {1e3 * bare:.1f} | " + " | ".join(cells) + " |"
-
-
-def _pair(layout: str, pair: int, options: argparse.Namespace) -> dict[str, Any]:
-    sides = [side for side in SIDES if side != "nodes" or layout != "1x1x1"]
-    order = [*sides[pair % len(sides) :], *sides[: pair % len(sides)]]
-    return {side: (_bare if side == "bare" else _holdfast)(layout, side, options) for side in order}
+    runs = {side: found[side] for side in SIDES}
+    bare = [run["bare_s"] for side in SIDES for run in runs[side]]
+    ratios = {side: [run["step_s"] / run["bare_s"] for run in runs[side]] for side in SIDES}
+    cells = [str(max(map(len, runs.values()))), f"{1e3 * statistics.median(bare):.1f}", cell(found["control"])]
+    cells += [cell(ratios[side]) for side in SIDES]
+    cells += [cell([100 * run["beside"] for run in runs[side]], ".1f") for side in SIDES]
+    verdict = "-" if not ratios["off"] else "met" if statistics.median(ratios["off"]) <= GOAL else "missed"
+    return f"| {layout} | " + " | ".join([*cells, verdict]) + " |"
 
 
-def _bare(layout: str, side: str, options: argparse.Namespace) -> dict[str, Any]:
+def _rounds(layout: str, found: Found, options: argparse.Namespace) -> Iterator[None]:
+    """Fill in the runs of a layout, one after the other."""
+    sides = [side for side in options.sides if side != "nodes" or layout != "1x1x1"]
+    before = _bare(layout, options)
+    for pair in range(options.pairs):
+        turn = pair % len(sides)
+        for side in [*sides[turn:], *sides[:turn]]:
+            run = _holdfast(layout, side, options)
+            after = _bare(layout, options)
+            found[side].append(run | {"bare_s": (before + after) / 2})
+            found["control"].append(after / before)
+            before = after
+            yield
+
+
+def _bare(layout: str, options: argparse.Namespace) -> float:
+    """Median seconds of a step."""
     pp, dp, tp = (int(degree) for degree in layout.split("x"))
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "times.json"
@@ -127,7 +141,7 @@ def _bare(layout: str, side: str, options: argparse.Namespace) -> dict[str, Any]
         command += [str(ROOT / "benchmarks" / "step_time_bare.py"), *(w for k, v in words.items() for w in (f"--{k}", str(v)))]
         _run(command)
         told = json.loads(out.read_text())
-    return {"step_s": _median(told["times"]), "cpu_s": told["cpu_s"] / (options.steps - options.steps // 4)}
+    return _median(told["times"])
 
 
 def _holdfast(layout: str, side: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -142,11 +156,11 @@ def _holdfast(layout: str, side: str, options: argparse.Namespace) -> dict[str, 
         words += [f"fault_tolerance.every_steps={options.every}"] if side == "on" else ["fault_tolerance=off"]
         if world == 1 and side == "on":
             words += ["fault_tolerance.tolerate=0"]
-        with _Processor(lambda: len(_rows(directory)), options.steps // 4, options.steps) as processor:
+        with _Processor(lambda: len(_rows(directory)), options.steps // 4, options.steps, ranks=world) as processor:
             _run([sys.executable, "-m", "launch.main", "train", *words])
         rows = _rows(directory)
         started = next(event for event in run_dir.events(directory) if event["kind"] == "startup")
-    return {"step_s": _median([row["step_time_s"] for row in rows]), "cpu_s": processor.seconds_each, "startup": started["parts"]}
+    return {"step_s": _median([row["step_time_s"] for row in rows]), "beside": processor.beside, "startup": started["parts"]}
 
 
 def _median(times: list[float]) -> float:
@@ -173,11 +187,11 @@ def _run(command: list[str]) -> None:
 
 
 class _Processor:
-    """Processor seconds per step of everything below this process, between two numbers of steps."""
+    """Processor seconds of everything below this process, between two numbers of steps."""
 
-    def __init__(self, steps: Callable[[], int], first: int, last: int) -> None:
-        self._steps, self._first, self._last = steps, first, last
-        self._marks: list[tuple[int, float]] = []
+    def __init__(self, steps: Callable[[], int], first: int, last: int, *, ranks: int) -> None:
+        self._steps, self._first, self._last, self._ranks = steps, first, last, ranks
+        self._marks: list[dict[int, float]] = []
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -190,26 +204,26 @@ class _Processor:
         self._thread.join()
 
     @property
-    def seconds_each(self) -> float:
-        (first, before), (last, after) = self._marks[0], self._marks[-1]
-        return (after - before) / max(1, last - first)
+    def beside(self) -> float:
+        """What all processes but the busiest, which are the ranks, have spent, as a share of what those have."""
+        before, after = self._marks[0], self._marks[-1]
+        spent = sorted((seconds - before.get(pid, 0.0) for pid, seconds in after.items()), reverse=True)
+        return sum(spent[self._ranks :]) / sum(spent[: self._ranks])
 
     def _watch(self) -> None:
-        while not self._ending.wait(0.4):
-            steps = self._steps()
-            if self._first <= steps < self._last:
-                self._marks.append((steps, _spent()))
+        while not self._ending.wait(1.0):
+            if self._first <= self._steps() < self._last:
+                self._marks.append(_spent())
 
 
-def _spent() -> float:
-    total = 0.0
+def _spent() -> dict[int, float]:
+    """Seconds by process, from the scheduler's own account: the ticks of others are too coarse for what sleeps most of the time."""
+    found = {}
     for process in psutil.Process().children(recursive=True):
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        total += times.user + times.system
-    return total
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            tasks = Path(f"/proc/{process.pid}/task").iterdir()
+            found[process.pid] = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    return found
 
 
 if __name__ == "__main__":
