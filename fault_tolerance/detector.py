@@ -71,6 +71,8 @@ class Detector:
         self._held_others: dict[tuple[object, ...], set[int]] = defaultdict(set)
         self._judged_step = -1
         self._stopped_at: dict[int, int | None] = {}
+        self._called: dict[int, tuple[int, int, int]] = {}
+        self._mismatched: list[Verdict] = []
 
     def observe(self, rings: Mapping[int, bytes | Ring | None], *, now_s: float | None = None) -> list[Verdict]:
         """Take in what could be read of the ranks' rings; return the verdicts that are new since the last call.
@@ -216,8 +218,12 @@ class Detector:
         return judge_hangs(self.rings, self.topology, self.deadlines.of)
 
     def _desynchronised(self) -> list[Verdict]:
-        recent = self._recent(2)
-        return judge_mismatches(meetings(recent).values(), transfers(recent).values(), self.topology)
+        """What was called is judged once: while nobody calls anything, as in a hang, nothing about it changes."""
+        called = {rank: (ring.pid, ring.head, len(ring.records)) for rank, ring in self.rings.items()}
+        if called != self._called:
+            self._called, recent = called, self._recent(2)
+            self._mismatched = judge_mismatches(meetings(recent).values(), transfers(recent).values(), self.topology)
+        return self._mismatched
 
     def _slow(self) -> list[Verdict]:
         seen = {rank: self._judgeable(rank) for rank in self.rings}

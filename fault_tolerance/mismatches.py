@@ -45,6 +45,8 @@ def _when(record: Record) -> Hashable:
 def _differ(
     meeting: Meeting, aspect: Callable[[Record], Hashable], what: str, topology: Topology
 ) -> tuple[int, Verdict] | None:
+    if len({aspect(record) for record in meeting.came.values()}) == 1:
+        return None  # as nearly always
     views = {rank: aspect(record) for rank, record in sorted(meeting.came.items())}
     views = {rank: view for rank, view in views.items() if view is not None}
     counts = Counter(views.values())

@@ -40,6 +40,16 @@ class Event:
 
 
 @dataclass
+class Over:
+    """What will not change any more of a rank's ring, as of the newest look."""
+
+    at: float = 0.0
+    count: int = 0
+    mark: tuple[int, Phase, float] = (0, Phase.START, 0.0)
+    records: list[Record] = field(default_factory=list)
+
+
+@dataclass
 class Drawing:
     """The events of all ranks."""
 
@@ -53,19 +63,31 @@ class Drawing:
     seed: int = 0
     process: dict[int, str] = field(default_factory=dict)
     noted: dict[int, list[Record | None]] = field(default_factory=dict)
+    over: dict[int, Over] = field(default_factory=dict)
 
     def rings(self, at_s: float | None = None) -> dict[int, Ring]:
         at = self.end_s if at_s is None else at_s
         return {rank: self._ring(rank, at) for rank in range(self.world)}
 
     def _ring(self, rank: int, at: float) -> Ring:
-        step, phase, mark, records = 0, Phase.START, 0.0, []
+        over = self.over.get(rank, Over())
+        if at < over.at:
+            over = Over()
+        self.over[rank], over.at = over, at
+        step, phase, mark = over.mark
+        records, noted, gapless = [], self._noted(rank), True
         count = bisect_right(self.events[rank], at, key=lambda e: e.call)
-        for event, record in zip(self.events[rank][:count], self._noted(rank), strict=False):
+        for number in range(over.count, count):
+            event, record = self.events[rank][number], noted[number]
             if event.op == Op.MARK:
                 step, phase, mark = event.step, event.phase, event.call
+            done = event.end is not None and event.end <= at
+            if gapless and done:
+                over.count, over.mark = number + 1, (step, phase, mark)
+                over.records += [record] if record is not None else []
+                continue
+            gapless = False
             if record is not None:
-                done = event.end is not None and event.end <= at
                 wait = record.wait_ns if event.wait <= at else 0
                 records.append(record if done else replace(record, state=State.CALLED, wait_ns=wait, end_ns=0))
         return Ring(
@@ -81,7 +103,7 @@ class Drawing:
             cpu_ns=0,
             process=self.process.get(rank, "S"),
             groups=self.groups,
-            records=tuple(records),
+            records=(*over.records, *records),
         )
 
     def _ns(self, rank: int, true: float) -> int:
