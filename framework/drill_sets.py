@@ -150,12 +150,13 @@ DRILLS = (
         "more is damaged and lost than parity can mend; the run goes on from its checkpoint",
         (
             *FEW,
-            "optim.num_steps=16",
+            "optim.num_steps=20",
+            "optim.global_batch=32",  # steps that are long enough for a checkpoint to be written between the first and the loss
             "fault_tolerance.scrub_mb_s=0",
             "fault_tolerance.tolerate=1",
             "fault_tolerance.durable.every_steps=4",
         ),
-        ("{step: 7, kind: corrupt_block, node: n2, severity: 99}", "{step: 8, kind: kill_node, node: n1, phase: forward}"),
+        ("{step: 11, kind: corrupt_block, node: n2, severity: 99}", "{step: 12, kind: kill_node, node: n1, phase: forward}"),
         kinds=("node_loss",),
         lost=4,
         tier="durable",
