@@ -259,6 +259,7 @@ class Controller:
     def _muster(self, plan: Plan) -> Crew:
         began = time.monotonic()
         took = self._pool.ensure([seat.worker for seat in plan.seats], timeout_s=self._config.cluster.start_timeout_s)
+        self._inventory.tell_unready()
         self._memory.check_room(plan, self._pool.agents)
         order = self._memory.open(plan, self._pool.agents) | {
             "plan": plan,

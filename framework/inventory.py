@@ -157,14 +157,19 @@ class Inventory:
 
     def _explain(self, fresh: Sequence[str]) -> None:
         """Say why nodes that are here are not grown onto: a process of theirs failed, or does not come up."""
-        if self._pool.unready:
-            self._journal.event("node", reason=self._pool.unready, cause="unready", node=fresh[0])
-            self._pool.unready = ""
+        self.tell_unready()
         missing = self._pool.not_up(self._seats_on(fresh))
         if self._members.age_s(fresh[0], time.time()) > SLOW_START_S and missing and missing != self._missing:
             self._missing = missing
             reason = f"{fresh[0]} is not grown onto: {', '.join(missing)} must be up, and is not for {SLOW_START_S:.0f} s"
             self._journal.event("node", reason=reason, cause="unready", node=fresh[0])
+
+    def tell_unready(self) -> None:
+        """Say which process came to nothing since the last time, if one did."""
+        node, reason = self._pool.unready
+        if reason:
+            self._journal.event("node", reason=reason, cause="unready", node=node)
+            self._pool.unready = ("", "")
 
     def _seats_on(self, nodes: Iterable[str]) -> list[str]:
         return [f"{node}.{slot}" for node in nodes for slot in range(self._wish.workers_per_node)]

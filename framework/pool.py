@@ -9,6 +9,7 @@ Rule of this file: it starts, finds and ends processes, and knows no plan.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from framework.nodes import Node, complaint
 
 LOOK_S = 1.0  # how often those who wait for a process ask whether its machine still lives
 ALIVE_S = 20.0  # an idle process that says nothing for so long is of no use, stopped or swapped out
-STUCK_S = 15.0  # who has not come up for so long, and three times as long as others took, does not come
+STUCK_S, TIMES = 8.0, 4.0  # who has not come up for so long, and so many times as long as others of its kind took, does not come
 
 
 class PoolError(RuntimeError):
@@ -45,7 +46,7 @@ class Pool:
         for kind, found in (("agent", self.agents), ("worker", self.workers)):
             late = {name: remote for name, remote in found.items() if remote.facts().get("State") != "ALIVE"}
             self._starting |= {f"{kind} {name}": remote.ready() for name, remote in late.items()}
-        self.unready = ""  # why the last process that was started beside a crew is of no use
+        self.unready = ("", "")  # the node of the last process that came to nothing, and what became of it
 
     def start(self, seats: Sequence[str]) -> None:
         """Start what is missing for these seats (`<node>.<slot>`): workers, and the agents of their nodes. Does not wait.
@@ -88,7 +89,7 @@ class Pool:
         anew: set[str] = set()
         while waiting := {call: who for who, call in self._starting.items() if who in wanted}:
             left = timeout_s - (time.monotonic() - began)
-            if stuck := overdue(waiting.values(), took.values(), timeout_s - left, timeout_s) - anew:
+            if stuck := overdue(waiting.values(), took, timeout_s - left, timeout_s) - anew:
                 anew |= stuck
                 self._start_anew(stuck, seats)
                 continue
@@ -105,7 +106,7 @@ class Pool:
     def weed(self, wanted: Iterable[str] | None = None) -> None:
         """Forget, and end, those who do not answer although they have started: a dead spare, say, that nobody watched."""
         wanted = self._known() if wanted is None else wanted
-        remotes = {f"worker {s}": r for s, r in self.workers.items()} | {f"agent {n}": r for n, r in self.agents.items()}
+        remotes = self._remotes()
         calls = {remotes[who].ready(): who for who in wanted if who in remotes and who not in self._starting}
         done, silent = wait_all(list(calls), ALIVE_S)
         for call in (*silent, *(call for call in done if _failure(call))):
@@ -113,14 +114,18 @@ class Pool:
 
     def _start_anew(self, stuck: Iterable[str], seats: Sequence[str]) -> None:
         for who in sorted(stuck):
-            print(f"pool: {who}{self._state(who)} does not come up, others did: it is started anew", flush=True)
+            self.unready = (_node_of(who), f"{who}{self._state(who)} does not come up, others did: it is started anew")
+            strangers = sorted({*self._cluster.processes(_node_of(who))} - {remote.pid for remote in self._remotes().values()})
+            print(f"pool: {self.unready[1]}; processes there that are nobody's: {strangers or 'none'}", flush=True)
             self._forget(who)
         self.start(seats)
 
+    def _remotes(self) -> dict[str, Remote]:
+        return {f"worker {s}": r for s, r in self.workers.items()} | {f"agent {n}": r for n, r in self.agents.items()}
+
     def _state(self, who: str) -> str:
         """What Ray says of a process that has not answered."""
-        kind, _, name = who.partition(" ")
-        remote = (self.agents if kind == "agent" else self.workers).get(name)
+        remote = self._remotes().get(who)
         facts = {} if remote is None else remote.facts()
         return f" ({facts['State']}, pid {facts.get('Pid') or 'unknown'})" if facts.get("State") else ""
 
@@ -146,7 +151,7 @@ class Pool:
             return False
         for who, call in starting.items():
             if why := _failure(call):  # it died before it was of use: whoever asks next finds it missing, and starts another
-                self.unready = f"{who} did not start: {why}"
+                self.unready = (_node_of(who), f"{who} did not start: {why}")
                 self._forget(who)
                 return False
         return True
@@ -184,7 +189,7 @@ class Pool:
             self.forget(name)
 
     def _known(self) -> set[str]:
-        return {f"worker {seat}" for seat in self.workers} | {f"agent {node}" for node in self.agents}
+        return set(self._remotes())
 
     @staticmethod
     def _names(seats: Sequence[str]) -> set[str]:
@@ -243,14 +248,14 @@ class Pool:
                 )
 
 
-def overdue(waiting: Iterable[str], took_s: Iterable[float], waited_s: float, timeout_s: float) -> frozenset[str]:
-    """Who will not come up any more, judged by how long those took that did. Nobody's judge, where nobody has come up yet or
-    too little time is left to start anew: then a busy machine is the better guess.
+def overdue(waiting: Iterable[str], took_s: Mapping[str, float], waited_s: float, timeout_s: float) -> frozenset[str]:
+    """Who will not come up any more, judged by how long those of its kind took that did. Nobody is judged where none of them
+    has come up yet, or too little time is left to start anew: then a busy machine is the better guess.
     """
-    slowest = max(took_s, default=None)
-    if slowest is None or waited_s < max(STUCK_S, 3 * slowest) or waited_s > timeout_s / 2:
+    if waited_s > timeout_s / 2:
         return frozenset()
-    return frozenset(waiting)
+    slowest = {kind: max((s for who, s in took_s.items() if who.startswith(kind)), default=math.inf) for kind in ("agent", "worker")}
+    return frozenset(who for who in waiting if waited_s >= max(STUCK_S, TIMES * slowest[who.partition(" ")[0]]))
 
 
 def _end(remote: Remote | None, *, agent: Remote | None) -> None:

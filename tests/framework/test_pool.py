@@ -103,9 +103,10 @@ def test_what_is_on_a_lost_node_is_ended_should_it_be_there_again() -> None:
 
 def test_who_stays_away_is_judged_by_how_long_others_took() -> None:
     late = ["worker n1.0"]
-    assert overdue(late, [0.7, 1.2], STUCK_S + 1, 120.0) == {"worker n1.0"}
-    assert not overdue(late, [0.7, 1.2], STUCK_S - 1, 120.0), "too soon to say"
-    assert not overdue(late, [18.0], 40.0, 120.0), "all are slow on this machine"
-    assert overdue(late, [18.0], 55.0, 120.0)
-    assert not overdue(late, [], 50.0, 120.0), "nobody has come up yet, which may be the machine's first imports"
-    assert not overdue(late, [18.0], 61.0, 120.0), "started anew, it would hardly be in time"
+    assert overdue(late, {"worker n0.0": 1.2}, STUCK_S + 1, 120.0) == {"worker n1.0"}
+    assert not overdue(late, {"worker n0.0": 1.2}, STUCK_S - 1, 120.0), "too soon to say"
+    assert not overdue(late, {"worker n0.0": 14.0}, 55.0, 120.0), "all are slow on this machine"
+    assert overdue(late, {"worker n0.0": 14.0}, 57.0, 120.0)
+    assert not overdue(late, {"agent n0": 2.0, "agent n1": 3.0}, 50.0, 120.0), "agents are light, and no measure for workers"
+    assert not overdue(late, {}, 50.0, 120.0), "nobody has come up yet, which may be the machine's first imports"
+    assert not overdue(late, {"worker n0.0": 1.2}, 61.0, 120.0), "started anew, it would hardly be in time"
