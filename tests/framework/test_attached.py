@@ -22,7 +22,7 @@ def ray() -> Iterator[RayCluster]:
 
 def test_a_node_of_somebody_s_cluster_dies_and_the_run_finishes_and_leaves_nothing(ray: RayCluster, tmp_path: Path) -> None:
     """The controller was placed anywhere, here on the node that died, and its history lay on that machine's disk."""
-    process = train(ray, tmp_path / "run", num_nodes=3, steps=40)
+    process = train(ray, tmp_path / "run", num_nodes=3, steps=24)
     wait_for_step(process, tmp_path / "run", lambda row: row["step"] >= 8, 120)
     ray.crash(VICTIM)
     took = wait_for_step(process, tmp_path / "run", lambda row: row["generation"] > 1, 60)
