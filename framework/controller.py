@@ -24,11 +24,11 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from fault_tolerance.verdict import Kind, Verdict
 from framework.closing import Closing
 from framework.cluster import CallError, Cluster, wait_all
 from framework.config import decode
 from framework.crew import Crew, muster
+from framework.distrust import Distrust
 from framework.durable import Durable
 from framework.incident import Trouble
 from framework.inventory import LOOK_S, Inventory, Stopped
@@ -40,7 +40,7 @@ from framework.planner import Planner
 from framework.pool import Pool, PoolError
 from framework.preflight import preflight
 from framework.rendezvous import Rendezvous
-from framework.response import Response, as_fields
+from framework.response import Response
 from framework.sentinel import Sentinel, lend_rings, settings_of
 from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
@@ -73,6 +73,7 @@ class Controller:
         self._journal.checkpoint_age_s = lambda: self._durable.age_s
         self._specs = self._planner.atlas(Layout(), "1f1b").specs
         self._pool = Pool(self._cluster, logs=self._journal.logs, agent=agent, worker=worker)
+        self._distrust = Distrust(journal=self._journal, memory=self._memory, durable=self._durable, agents=self._pool.agents)
         self._closing = Closing(
             self._config,
             cluster=self._cluster,
@@ -98,7 +99,6 @@ class Controller:
         self._response: Response | None = None
         self._reseated: set[str] = set()
         self._stuck_ways: list[tuple[str, str]] = []
-        self._rolled_back: set[int] = set()
         self._vitals = Vitals()
 
     def _gauge(self) -> Gauge:
@@ -184,7 +184,7 @@ class Controller:
         self._clear(crew, ended)
         unreadable = any(view.how == "restore_failed" for view in crew.ended().values())
         if unreadable and ended.kind != "node_loss" and not self._memory.holders_gone():  # else the holders went, not the bytes
-            self._reject(plan)
+            self._distrust.failed(plan)
             return ended  # not counted: what failed is not tried again
         return self._count(ended)
 
@@ -365,28 +365,7 @@ class Controller:
         if all(outcome["how"] == "finished" for outcome in outcomes):
             return None
         spoilt = next((outcome for outcome in outcomes if outcome["how"] in ("corrupt", "diverged")), None)
-        return self._roll_back(crew, spoilt) if spoilt is not None else leaving
-
-    def _roll_back(self, crew: Crew, outcome: dict[str, Any]) -> Trouble:
-        """The state cannot be believed since step `clean`: what was kept after it is set aside. Raises Refused where that
-        has been done before, or nothing older is left.
-        """
-        clean, how = int(outcome["clean"]), str(outcome["how"])
-        ranks = tuple(outcome["ranks"])
-        nodes = tuple(dict.fromkeys(crew.plan.seats[rank].node for rank in ranks))
-        what = "the training state is corrupt" if how == "corrupt" else "the numbers stayed bad although steps were left out"
-        reason = f"{what}: {outcome['evidence']}; back to step {clean} or before"
-        kind = Kind.CORRUPT if how == "corrupt" else Kind.NAN
-        self._journal.event("verdict", reason=reason, **as_fields(Verdict(kind, ranks, nodes, reason)), action="roll_back")
-        self._memory.look(self._pool.agents)
-        self._memory.reject_after(clean)
-        while (saved := self._durable.newest()) is not None and saved.step > clean and saved.path is not None:
-            self._durable.reject(saved.path)
-        left = self._memory.snapshot is not None or self._durable.newest() is not None
-        if not left or (how == "diverged" and clean in self._rolled_back):
-            raise Refused(f"{reason}; nothing from before is left to go back to; see detect.max_skips, detect.digest_every")
-        self._rolled_back.add(clean)
-        return Trouble("nan", ranks, nodes, reason, self._journal.reached, time.time())
+        return self._distrust.roll_back(crew.plan, spoilt) if spoilt is not None else leaving
 
     def _sight(self, crew: Crew) -> Sight:
         now = time.monotonic()
@@ -458,13 +437,6 @@ class Controller:
                 self._pool.forget(crew.plan.seats[rank].worker)
         elif trouble.remedy in ("swap", "shrink"):
             self._inventory.evict(trouble.nodes, trouble.evidence)
-
-    def _reject(self, plan: Plan) -> None:
-        """The state that a plan started from failed its proof: the same step and tier are never tried again."""
-        if plan.source.tier == "memory":
-            self._memory.reject_newest()
-        elif plan.source.path is not None:
-            self._durable.reject(plan.source.path)
 
     def _count(self, trouble: Trouble) -> Trouble:
         """Count failures of the same step. Raises NoProgress when there are too many.
