@@ -357,8 +357,9 @@ class Trainer:
         must = last or (most is not None and step + 1 - self._last_snapshot > most)
         if report.defer and not must:
             assert self._snapshots is not None, "only snapshots defer"
-            self._emit({"event": "snapshot", "step": step, "skipped": True, "reason": self._snapshots.why_not_ready()})
-            return
+            if self._anywhere(not self._snapshots.ready()):  # since the report the one before may have come through
+                self._emit({"event": "snapshot", "step": step, "skipped": True, "reason": self._snapshots.why_not_ready()})
+                return
         self._snapshot(step, must=must)
 
     def _snapshot(self, step: int, *, must: bool) -> None:

@@ -133,10 +133,11 @@ def test_no_more_is_lost_than_may_be_however_long_snapshots_take(every: int, mos
     assert vaults.waits == 0 or takes > 0, "whoever is quick is not waited for"
 
 
-def test_nobody_waits_unless_that_is_asked_for() -> None:
-    seen, vaults = lags(every=2, most=None, takes=9)
+@pytest.mark.parametrize(("every", "takes"), [(1, 0), (2, 0), (1, 1), (2, 1), (10, 3), (3, 3), (2, 9)])
+def test_without_that_nobody_waits_and_a_loss_costs_what_the_guide_says(every: int, takes: int) -> None:
+    seen, vaults = lags(every=every, most=None, takes=takes)
     assert vaults.waits <= 1, "the last one, at the end of the run"
-    assert max(seen) == 2 * 9 + 1
+    assert max(seen) == max(every, takes) + takes
 
 
 def test_a_snapshot_that_was_given_up_is_taken_again_as_soon_as_all_ranks_know() -> None:
