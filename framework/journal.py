@@ -216,7 +216,8 @@ class Journal:
         self._dir.write_summary(values)
         kind = "finished" if status in ("finished", "interrupted") else "failed"
         losses = "".join(f", {name} {values[name]:.4f}" for name in ("final_loss", "val_loss") if values[name] is not None)
-        self.event(kind, reason=reason or f"{status} after {self.reached} steps in {wall:.0f} s{losses}", status=status)
+        how = "" if status == kind else f"{status} "
+        self.event(kind, reason=reason or f"{how}after {self.reached} steps in {wall:.0f} s{losses}", status=status)
         return values
 
     def close(self) -> None:
