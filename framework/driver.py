@@ -27,6 +27,7 @@ from framework.local_cluster import LocalCluster
 from framework.nodes import DOMAIN_LABEL, Exit, complaint
 from framework.progress import make_progress
 from framework.reach import Reach, reachable
+from framework.readable import read_from
 from framework.run_dir import RunDir
 from framework.startup import Startup
 from framework.telemetry import Telemetry
@@ -47,6 +48,7 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
         from parallel.deepspeed_library import check_installed  # brings PyTorch: seconds for every other run
 
         check_installed()
+    read_from(config)
     resumed = resolve(config.resume)
     changed = check_same(config, resumed) if resumed is not None else ()
     directory = RunDir.create(config.run_dir)

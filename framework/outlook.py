@@ -14,12 +14,10 @@ from fault_tolerance import budget as memory_budget
 from fault_tolerance.placement import limits, plan_groups
 from fault_tolerance.room import room
 from fault_tolerance.slab import slab_of
-from framework import sources as data
 from framework.config import Config
-from framework.corpus import files
-from framework.indexed_tokens import open_indexed
 from framework.plan import Place, Plan, Source, make_plan
 from framework.planner import Planner
+from framework.readable import read_from
 from parallel.atlas import Atlas
 
 SHOWN = 8  # layouts
@@ -72,8 +70,7 @@ def _work(config: Config, planner: Planner, plan: Plan) -> Iterator[tuple[str, s
     atlas = planner.atlas(plan.layout, plan.schedule)
     params = sum(math.prod(spec.shape) for spec in atlas.specs if spec.name.startswith("param/"))
     yield "model", f"{params:,} parameters, {atlas.num_layers} layers, vocabulary {planner.model.vocab_size}"
-    here = config.cluster.address == "local"  # elsewhere the files may be on the nodes alone
-    yield "data", f"{_read_from(config.data) if here else config.data.kind}, {config.data.seq_len} tokens a sample"
+    yield "data", f"{read_from(config)}, {config.data.seq_len} tokens a sample"
     yield "optimizer", f"AdamW, peak rate {optim.lr:g}, {optim.schedule} over {optim.schedule_steps} steps, {optim.warmup_steps} to warm up"
     yield "batch", f"{optim.global_batch} samples = {tokens:,} tokens; {optim.num_steps} steps = {optim.num_steps * tokens:,} tokens"
     yield "layout", f"pp {plan.layout.pp} x dp {plan.layout.dp} x tp {plan.layout.tp}, {plan.schedule}, {_microbatches(config, plan)}, {_engine(config)}"
@@ -82,18 +79,6 @@ def _work(config: Config, planner: Planner, plan: Plan) -> Iterator[tuple[str, s
         yield "option", str(option)
     if len(plan.options) > SHOWN:
         yield "option", f"and {len(plan.options) - SHOWN} that are slower"
-
-
-def _read_from(source: data.Source) -> str:
-    """What there is to read, looked up and not read. Raises ValueError if there is nothing."""
-    if isinstance(source, data.MixtureSource):
-        return "mixture of " + " and ".join(_read_from(part.source) for part in source.sources)
-    if isinstance(source, data.MegatronSource):
-        return f"{source.kind}, {len(open_indexed(source.path)):,} tokens"
-    if isinstance(source, data.SyntheticSource | data.HuggingfaceSource):
-        return source.kind
-    found = [path for _, path in files(source)]
-    return f"{source.kind}, {len(found)} file{'s' * (len(found) != 1)}, {sum(path.stat().st_size for path in found) / 1e6:.1f} MB"
 
 
 def _microbatches(config: Config, plan: Plan) -> str:

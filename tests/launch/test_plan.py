@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
+import launch.train
 from launch.main import main
 
 
@@ -22,6 +25,15 @@ def test_what_there_is_to_read_is_looked_up(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().err.startswith("data.path: no such file or folder, got 'nowhere.jsonl'; ")
     away = ("data=jsonl", "data.path=nowhere.jsonl", "cluster=attached", "cluster.num_nodes=4")
     assert planned(capsys, *away)["data"].startswith("jsonl, "), "the nodes of a cluster may have what this machine has not"
+
+
+def test_a_run_without_data_is_refused_before_a_cluster_is_started_for_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch.train, "_begun", lambda words: contextlib.nullcontext())
+    monkeypatch.setattr("framework.cluster.Cluster.open", None)
+    assert main(["train", "model=tiny", "data=text", "data.path=nowhere/"]) == 2
+    assert capsys.readouterr().err.startswith("data.path: no such file or folder, got 'nowhere/'; ")
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
 def test_microbatches_that_are_not_those_of_the_config_are_explained(capsys):

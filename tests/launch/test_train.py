@@ -102,19 +102,12 @@ def test_the_doctor_examines_every_node_and_every_way(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("word", "says"),
-    [
-        ("model._target_=my_model.Nothing", "model._target_: must name an importable class, got 'my_model.Nothing'"),
-        ("data=text data.path=nowhere/", "data.path: "),
-    ],
-)
-def test_what_the_config_cannot_know_is_refused_in_one_line_too(tmp_path: Path, word: str, says: str) -> None:
+def test_what_the_config_cannot_know_is_refused_in_one_line_too(tmp_path: Path) -> None:
     """A model that could not be imported once ended as a controller that was looked for during thirty seconds."""
-    process = train(*TINY, *word.split(), cwd=tmp_path, run=tmp_path / "run")
+    process = train(*TINY, "model._target_=my_model.Nothing", cwd=tmp_path, run=tmp_path / "run")
     out, err = process.communicate(timeout=200)
     assert process.returncode == 2, f"{out}\n{err}"
-    assert err.splitlines()[-1].startswith(says), err
+    assert err.splitlines()[-1].startswith("model._target_: must name an importable class, got 'my_model.Nothing'"), err
     assert "Traceback" not in err
 
 
