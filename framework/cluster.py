@@ -86,14 +86,16 @@ class Cluster:
         domain_label: str = DOMAIN_LABEL,
         start_timeout_s: float = 60.0,
         import_paths: Sequence[str] = (),
+        working_dir: str = "",
         early: LocalCluster | None = None,
     ) -> Cluster:
         """The driver's: start a private cluster here (`local`) or join the one at `address`. Raises ClusterError.
 
         `gpus_per_worker` None: one, if a node of the cluster has enough of them for all of its workers.
         `domains` are those of nodes by name, `domain_label` is the label of nodes that holds it, where nothing else is said.
-        `import_paths` come last on every worker's path: where a user's own model lies. `early` is a local cluster that was
-        begun before Ray was imported, to save its time.
+        `import_paths` come last on every worker's path: where a user's own model lies. `working_dir` is every process's,
+        where the machine has it, so that paths mean there what they mean here. `early` is a local cluster that was begun
+        before Ray was imported, to save its time.
         """
         if ray.is_initialized():
             raise ClusterError("cluster: this process must not be connected to Ray yet, it is; call ray.shutdown() first")
@@ -101,6 +103,7 @@ class Cluster:
             "workers_per_node": workers_per_node,
             "gpus_per_worker": gpus_per_worker,
             "import_paths": list(import_paths),
+            "working_dir": working_dir,
             "domains": dict(domains or {}),
             "domain_label": domain_label,
         }
@@ -310,7 +313,13 @@ class Cluster:
         if self.control is None:  # a local cluster's processes have this environment from the start
             options["runtime_env"] = {"env_vars": {**REMOTE_ENV, "PYTHONPATH": code().path, "HOLDFAST_NODE": node}}
             address = next((found.ip for found in self.nodes() if found.name == node and name != "controller"), "")
-        hosting = {"log": log, "paths": self._facts["import_paths"], "node": node, "address": address}
+        hosting = {
+            "log": log,
+            "paths": self._facts["import_paths"],
+            "working_dir": self._facts["working_dir"],
+            "node": node,
+            "address": address,
+        }
         handle = Actor.options(**options).remote(factory, dict(payload), hosting)  # type: ignore[attr-defined]
         return Remote(handle, name=name, node=node)
 

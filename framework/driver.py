@@ -141,6 +141,7 @@ def _opened(config: Config, run_id: str, startup: Startup, early: LocalCluster |
         domain_label=wish.domains if isinstance(wish.domains, str) else DOMAIN_LABEL,
         start_timeout_s=wish.start_timeout_s,
         import_paths=import_paths(),
+        working_dir=str(Path.cwd()),
         early=early,
     )
     startup.mark("cluster")

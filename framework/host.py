@@ -32,9 +32,12 @@ class Host:
         log: str | None,
         paths: Sequence[str],
         node: str,
+        working_dir: str = "",
         address: str = "",
     ) -> None:
         """`address` is the node's own; empty where the environment says already which way collectives go."""
+        if working_dir and Path(working_dir).is_dir():  # Ray would start it in a folder of its own, where no path of the user's leads anywhere
+            os.chdir(working_dir)
         if address:
             os.environ.update(socket_environment(address, os.environ, interfaces()))
         if log is not None:

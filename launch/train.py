@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from framework.config import Config, decode
@@ -47,8 +48,9 @@ def help_text() -> str:
 
 
 def config_of(values: dict[str, Any]) -> Config:
-    """The decoded config; a run without a directory of its own gets a new one."""
-    return decode(values | {"run_dir": values.get("run_dir") or new_run_dir()})
+    """The decoded config; a run without a directory of its own gets a new one. Its path is the same for every process."""
+    place = values.get("run_dir") or new_run_dir()
+    return decode(values | {"run_dir": str(Path(place).absolute()) if isinstance(place, str) else place})
 
 
 def _job(values: dict[str, Any], early: LocalCluster | None) -> int:

@@ -63,17 +63,24 @@ def wandb_records(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def test_a_model_of_the_users_own_trains_from_their_directory_and_every_sink_gets_its_numbers(tmp_path: Path) -> None:
-    """The example of docs/models.md. The directory holds packages of our names, which once won on workers."""
-    place, run = hostile(tmp_path / "theirs"), tmp_path / "run"
+    """The example of docs/models.md. The directory holds packages of our names, which once won on workers. Paths are relative to
+    it: they once were to a folder of Ray's on the side of the workers, and all that a run had left went with the cluster.
+    """
+    place = hostile(tmp_path / "theirs")
+    run = place / "runs" / "mine"
+    (place / "texts").mkdir()
+    (place / "texts" / "ours.txt").write_text("\n".join(path.read_text() for path in sorted((ROOT / "framework").glob("*.py"))))
     [example] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), flags=re.DOTALL)
     (place / "my_model.py").write_text(example)
     sinks = ["monitor.csv=true", "monitor.tensorboard=true", "monitor.prometheus=true", "monitor.eval_samples=8", "cluster.preflight=true"]
-    words = ["model._target_=my_model.Memory", "model.dim=64", "model.num_layers=4", "data=synthetic", "optim.num_steps=40"]
-    process = train(*words, "optim.global_batch=8", "cluster.num_nodes=2", "layout.dp=1", *sinks, cwd=place, run=run)
+    words = ["model._target_=my_model.Memory", "model.dim=64", "model.num_layers=4", "optim.num_steps=40"]
+    words += ["data=text", "data.path=texts/", "fault_tolerance.durable.every_steps=20"]
+    process = train(*words, "optim.global_batch=8", "cluster.num_nodes=2", "layout.dp=1", *sinks, cwd=place, run=Path("runs/mine"))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, f"{out}\n{err}"
     assert "stranger" not in err and "Traceback" not in err
 
+    assert os.listdir(run / "checkpoints") and list((run / "logs").glob("g001_*"))
     rows = run_dir.metrics(run)
     assert [row["step"] for row in rows] == list(range(1, 41)) and rows[-1]["loss"] < rows[0]["loss"]
     assert all(0 < row["mfu"] < 1 for row in rows)
