@@ -26,6 +26,7 @@ from typing import Protocol
 import numpy as np
 
 from fault_tolerance.arena import Pool, Segment
+from fault_tolerance.background import give_way
 from fault_tolerance.codec import Codec, crc32c
 from fault_tolerance.pace import Pace
 from fault_tolerance.peers import Peers
@@ -76,6 +77,7 @@ class Encoder:
         threading.Thread(target=self._run, daemon=True, name=f"encode-{self._version.step}").start()
 
     def _run(self) -> None:
+        give_way()
         try:
             self._wait(lambda: self._version.all_staged)
             with self._timed("hash"):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fault_tolerance.background import give_way
 from fault_tolerance.repair import repair
 from fault_tolerance.version import Version
 
@@ -36,6 +37,7 @@ class Housekeeper:
         threading.Thread(target=self._run, daemon=True, name="housekeeper").start()
 
     def _run(self) -> None:
+        give_way()
         while not self._vault.closed.wait(TICK_S):
             self._give_up()
             plan = self._vault.plan

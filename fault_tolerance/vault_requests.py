@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fault_tolerance.background import give_way
 from fault_tolerance.codec import crc32c
 from fault_tolerance.server import Connection, reply
 from fault_tolerance.snapshot_plan import SnapshotPlan
@@ -114,6 +115,8 @@ class Requests:
             segment = version.data if kind == "data" else version.parity
             block = version.block(kind, index)[offset : offset + length] if length else np.empty(0, np.uint8)
         pace = self._vault.pace if header.get("paced") else None
+        if pace is not None:
+            give_way()
         connection.channel.send({}, length=length)
         if segment is not None and length:
             pool = self._vault.data_pool if kind == "data" else self._vault.parity_pool
@@ -131,6 +134,7 @@ class Requests:
 
     def push(self, connection: Connection, header: Header) -> None:
         """A chunk of a parity block that this vault holds; answered only after the last one."""
+        give_way()
         version = self._admitted(header)
         number, offset = int(header["number"]), int(header["offset"])
         segment = self._vault.parity_of(version)
