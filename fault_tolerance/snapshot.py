@@ -31,6 +31,7 @@ Source: the lazy copy with a gate before the update is DataStates-LLM's (HPDC 20
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 import queue
@@ -98,6 +99,7 @@ class Snapshotter:
         self._base = plan.base_of(rank)
         widths = {entry.home: entry.nbytes // entry.piece.box.size for entry in self._slab.entries}
         self._expected = [(home, torch.Size(home.box.shape), width) for home, width in widths.items()]
+        self._ranges = [(entry, _skip(entry)) for entry in self._slab.entries]
         self._pace = Pace(copy_bytes_s)
         self.failure = ""
         self.missed = ""
@@ -229,9 +231,9 @@ class Snapshotter:
         if job.given_up:
             self._channel.call({"op": "give_up", "step": job.step, "reason": self.missed})
             return
-        for entry in self._slab.entries:
+        for entry, skip in self._ranges:
             start = self._base + entry.offset
-            self._copy(job, entry, view[start : start + entry.nbytes])
+            self._copy(job, entry, skip, view[start : start + entry.nbytes])
         if self._devices is not None:
             self._devices.finish()
         job.copy_s = time.monotonic() - began
@@ -258,13 +260,28 @@ class Snapshotter:
             self._map(answer["id"], answer["nbytes"])
         return self._segments[answer["id"]]
 
-    def _copy(self, job: _Job, entry: Entry, target: NDArray[np.uint8]) -> None:
+    def _copy(self, job: _Job, entry: Entry, skip: int | None, target: NDArray[np.uint8]) -> None:
+        tensor = job.tensors[entry.home]
+        if skip is not None and tensor.is_cpu and tensor.is_contiguous():
+            self._copy_bytes(tensor.data_ptr() + skip, target)
+        else:
+            self._copy_rows(tensor, entry, target)
+
+    def _copy_bytes(self, source: int, target: NDArray[np.uint8]) -> None:
+        """From one range of memory to another: nearly all pieces, at a tenth of the interpreter's time."""
+        address = target.__array_interface__["data"][0]
+        for start in range(0, len(target), COPY_BYTES):
+            self._may_go_on()
+            length = min(COPY_BYTES, len(target) - start)
+            self._pace(length)
+            ctypes.memmove(address + start, source + start, length)
+
+    def _copy_rows(self, tensor: torch.Tensor, entry: Entry, target: NDArray[np.uint8]) -> None:
         box = entry.piece.box
-        source = carrier(job.tensors[entry.home])[box.within(entry.home.box)]
+        source = carrier(tensor)[box.within(entry.home.box)]
         out = target.view(f"u{source.element_size()}").reshape(box.shape)
         for rows in _row_ranges(box.shape, source.element_size()):
-            if self.fenced:
-                raise Refused("fenced", "a newer generation is open")
+            self._may_go_on()
             part = out[rows] if box.shape else out
             self._pace(part.nbytes)
             shard = source[rows] if box.shape else source
@@ -272,6 +289,10 @@ class Snapshotter:
                 self._devices.copy(shard, part)
             else:
                 np.copyto(part, shard.numpy().view(part.dtype))
+
+    def _may_go_on(self) -> None:
+        if self.fenced:
+            raise Refused("fenced", "a newer generation is open")
 
     # ---- attaching
 
@@ -307,6 +328,16 @@ class Snapshotter:
 def carrier(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers of the same width, which numpy knows for every dtype."""
     return tensor.detach().view(CARRIERS[tensor.element_size()])
+
+
+def _skip(entry: Entry) -> int | None:
+    """Where a piece begins in the memory of its contiguous home, in bytes; None if it is not one range of it."""
+    piece, home = entry.piece.box, entry.home.box
+    if not piece.shape:
+        return 0
+    if piece.shape[1:] != home.shape[1:]:
+        return None
+    return (piece.start[0] - home.start[0]) * (entry.nbytes // piece.shape[0])
 
 
 def _row_ranges(shape: tuple[int, ...], width: int) -> Iterator[slice]:

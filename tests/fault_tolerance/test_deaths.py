@@ -4,7 +4,7 @@ import pytest
 
 from fault_tolerance.snapshot import Snapshotter
 from tests.fault_tolerance.dying import POINTS, WORKER_POINTS
-from tests.fault_tolerance.test_snapshot import WorkerProcess
+from tests.fault_tolerance.staging_worker import WorkerProcess
 from tests.fault_tolerance.vaults import VaultCluster, atlas_of, same_bits, shards, wait_until, whole_state
 
 pytestmark = pytest.mark.slow
@@ -70,9 +70,10 @@ def test_a_worker_that_dies_at_this_point_takes_nothing_protected_with_it(three,
             for snapshotter in three.snapshotters:
                 snapshotter.gate()
             if step == 1:
-                assert [worker.hear() for _ in range(3)] == ["begun", "copied", '[""]']
+                assert [worker.hear() for _ in range(3)] == ["begun", "copied", [""]]
                 wait_until(lambda: all(s.protected == 1 for s in three.snapshotters))
-        assert worker.process.wait(20) == -9, "it died at its point, by SIGKILL"
+        worker.process.join(20)
+        assert worker.process.exitcode == -9, "it died at its point, by SIGKILL"
         wait_until(lambda: not any(a["rank"] == 0 for a in three.vaults["n1"].client.status()["attached"]))
         told = "was told" in point
         if told:

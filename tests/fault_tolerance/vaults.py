@@ -226,3 +226,13 @@ def wait_until(condition: Any, timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.005)
+
+
+def said(client: VaultClient, kind: str, *, since: int = 0, **facts: Any) -> list[dict[str, Any]]:
+    """The events of a kind, waited for: a vault acts first and speaks then."""
+
+    def events() -> list[dict[str, Any]]:
+        return [e for e in client.watch(since) if e["kind"] == kind and facts.items() <= e.items()]
+
+    wait_until(events)
+    return events()
