@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import secrets
@@ -161,21 +162,32 @@ def _machine() -> dict[str, Any]:
 
 
 def cells(found: dict[str, Any], way: str, every: str) -> dict[str, float] | None:
-    """Medians over rounds of one way at one interval: step, stall and extra seconds a snapshot, share of time lost."""
-    rows = [r for r in found["rows"] if r["way"] == way and (r["every"] == 1) == (every == "every step")]
-    if not rows:
+    """Medians over rounds of one way at one interval, against the blocks without snapshots right before and after each.
+
+    Seconds of a step, of stall and extra time by snapshot, extra processor seconds by snapshot, share of time lost, and
+    the part of the snapshots due that were taken.
+    """
+    rows, places = found["rows"], range(len(found["rows"]))
+    mine = [i for i in places if rows[i]["way"] == way and (rows[i]["every"] == 1) == (every == "every step")]
+    if not mine:
         return None
-    extra, lost = [], []
-    for row in rows:
-        quiet = [r for r in found["rows"] if r["way"] == "none" and r["round"] == row["round"]]
-        base = sum(r["seconds"] for r in quiet) / sum(r["steps"] for r in quiet) * row["steps"]
+    extra, cpu, lost = [], [], []
+    for i in mine:
+        row, quiet = rows[i], [rows[j] for j in (i - 1, i + 1) if j in places and rows[j]["way"] == "none"]
+        share = row["steps"] / sum(r["steps"] for r in quiet) if quiet else math.nan
+        base = sum(r["seconds"] for r in quiet) * share
         extra.append((row["seconds"] - base) / max(1, row["number"]))
+        cpu.append((row["cpu"] - sum(r["cpu"] for r in quiet) * share) / max(1, row["number"]))
         lost.append(row["seconds"] / base - 1)
+    due = sum(len(range(0, rows[i]["steps"], rows[i]["every"])) for i in mine)
     return {
-        "step": statistics.median(t for row in rows for t in row["times"]),
-        "stall": statistics.median(row["stall"] for row in rows),
+        "step": statistics.median(t for i in mine for t in rows[i]["times"]),
+        "stall": statistics.median(rows[i]["stall"] for i in mine),
         "extra": statistics.median(extra),
+        "spread": statistics.quantiles(extra)[2] - statistics.quantiles(extra)[0] if len(extra) > 1 else math.nan,
+        "cpu": statistics.median(cpu),
         "lost": statistics.median(lost),
+        "taken": sum(rows[i]["number"] for i in mine) / due,
     }
 
 
@@ -183,13 +195,13 @@ def _markdown(report: dict[str, Any]) -> str:
     lines = [
         "# What snapshots cost training",
         "",
-        "Two data-parallel ranks and two vaults on the same two cores, one thread each. Medians over interleaved rounds.",
-        "stall: what one step waits for one snapshot, by the slowest rank. extra: how much longer training took, by snapshot,",
-        "until all was written (ours: protected on both nodes). The others write into a tmpfs: no disk, no parity.",
-        "Both cores are full without any snapshot, so whatever a vault computes is taken from training; on a machine with a",
-        "core to spare it is not. The noise of `extra` is what the two `none` rows show. Our stall has an all-reduce in it",
-        "(is there room on all ranks?) that a run does not have, where that question rides on the step's report; what a run",
-        "itself measures is `stall_ms` of its events.",
+        "Two data-parallel ranks and two vaults on the same two cores, one thread each. Each block of steps with snapshots",
+        "lies between two without; medians over interleaved rounds, and the middle half of them as the spread of `extra`.",
+        "stall: what one step waits for one snapshot, by the slowest rank, in the call and before the optimizer. extra: how",
+        "much longer training took, by snapshot, until all was written (ours: protected on both nodes). processor: how much more",
+        "of it all processes used. The others write into a tmpfs: no disk, no parity. Both cores are full without any snapshot, so",
+        "whatever is computed for one is taken from training; on a machine with a core to spare it is not. Whether there is room",
+        "for a snapshot is asked as a run does, in the all-reduce that every step has; one that finds none is left out.",
     ]
     for preset, found in report.items():
         machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
@@ -201,17 +213,23 @@ def _markdown(report: dict[str, Any]) -> str:
 
 
 def _table(found: dict[str, Any]) -> list[str]:
-    lines = ["| | interval | step s | stall ms | stall / step | extra s | slowdown |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| | interval | step s | stall ms | stall / step | extra s | spread | processor s | slowdown |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     base = cells(found, "none", "every 10")
     for every in ("every 10", "every step"):
-        for way in WAYS:
+        for way in WAYS[1:]:
             cell = cells(found, way, every)
             if cell is not None and base is not None:
                 share = cell["stall"] / base["step"]
+                taken = "" if cell["taken"] == 1 else f", {cell['taken']:.0%} taken"
                 lines.append(
-                    f"| {way} | {'–' if way == 'none' else every} | {cell['step']:.3f} | {1e3 * cell['stall']:.1f} | {share:.2%} "
-                    f"| {cell['extra']:.3f} | {cell['lost']:+.1%} |"
+                    f"| {way} | {every}{taken} | {cell['step']:.3f} | {1e3 * cell['stall']:.1f} | {share:.2%} "
+                    f"| {cell['extra']:.3f} | {cell['spread']:.3f} | {cell['cpu']:.3f} | {cell['lost']:+.1%} |"
                 )
+    if base is not None:
+        lines.append(f"| none | – | {base['step']:.3f} | – | – | – | – | – | – |")
     return lines
 
 

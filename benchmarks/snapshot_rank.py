@@ -259,11 +259,13 @@ def main() -> None:
     for number in range(job["rounds"]):
         if number and not _everywhere(time.perf_counter() - began < job["seconds"]):
             break  # on a slow machine: fewer rounds rather than none
-        turn = [(way, every, steps) for every, steps in job["blocks"] for way in job["ways"]]
+        turn = [(way, every, steps) for every, steps in job["blocks"] for way in job["ways"] if way != "none"]
+        rows.append(bench.block("none", every=1, steps=job["blocks"][0][1]) | {"round": number})
         for way, every, steps in turn[number % len(turn) :] + turn[: number % len(turn)]:
-            rows.append(bench.block(way, every=every, steps=steps) | {"round": number})
-            if rank == 0:
-                print(json.dumps({k: v for k, v in rows[-1].items() if k != "times"}), flush=True)
+            for name in (way, "none"):  # what is compared lies side by side: the machine's mood changes within a round
+                rows.append(bench.block(name, every=every, steps=steps) | {"round": number})
+                if rank == 0:
+                    print(json.dumps({k: v for k, v in rows[-1].items() if k != "times"}), flush=True)
     if rank == 0:
         Path(job["out"]).write_text(json.dumps(rows))
     dist.barrier()
