@@ -122,7 +122,7 @@ def _protection(config: Config, plan: Plan, atlas: Atlas) -> Iterator[tuple[str,
         yield "memory", f"{_mib(total)} in all; free on this machine, which emulates every node: {free}"
         _check_here(budget)
     else:
-        yield "memory", "each node's own free memory is asked when the run starts, and a plan that does not fit is refused"
+        yield "memory", "each node's own free memory is asked when the run starts (`holdfast doctor` asks it now), and a plan that does not fit is refused"
     yield "memory", "snapshots live in memfds: they count as memory, and the size of /dev/shm is no limit to them"
 
 
