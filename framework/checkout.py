@@ -71,7 +71,7 @@ def _digest() -> str:
     whole = hashlib.sha256()
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*")):
-            if file.suffix in (".py", ".cpp", ".yaml"):
+            if file.suffix in (".py", ".c", ".cpp", ".yaml"):
                 whole.update(f"{file.relative_to(ROOT).as_posix()}\0".encode())
                 whole.update(file.read_bytes())
     return whole.hexdigest()[:16]
