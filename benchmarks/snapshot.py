@@ -45,13 +45,15 @@ RESULTS = Path(__file__).parent / "results"
 WAYS = ("none", "holdfast", "torch.save", "dcp.save", "async_save thread", "async_save process")
 VOCAB = 259
 NODES = ("n0", "n1")
+FORM = 2  # of a result: what is measured, and how
 
 
 def main() -> None:
-    """Measure, print, and write the results; presets that are not measured keep their last figures."""
+    """Measure, print, and write the results; presets that are not measured keep their last figures, if measured alike."""
     options = _options()
     file = options.out / "snapshot.json"
-    report = json.loads(file.read_text()) if file.exists() else {}
+    known = json.loads(file.read_text()) if file.exists() else {}
+    report = {preset: found for preset, found in known.items() if found.get("form") == FORM}
     for preset in options.presets:
         report[preset] = _preset(preset, options)
     options.out.mkdir(exist_ok=True, parents=True)
@@ -106,7 +108,7 @@ def _preset(preset: str, options: argparse.Namespace) -> dict[str, Any]:
             vault.wait(10)
     state = sum(plan.node_bytes(node) for node in NODES)
     parts = {k: statistics.median(e[k] for e in seconds) for k in ("copy_s", "hash_s", "encode_s", "total_s")}
-    return {"machine": _machine(), "rounds": 1 + max(row["round"] for row in rows), "state": state, "vaults": parts, "rows": rows,
+    return {"form": FORM, "machine": _machine(), "rounds": 1 + max(row["round"] for row in rows), "state": state, "vaults": parts, "rows": rows,
             "tokens": 2 * options.batch * options.seq_len}  # fmt: skip
 
 
