@@ -54,6 +54,7 @@ __all__ = [
 POLL_S = 0.05
 ACCEPT_S = 0.5
 ANSWER_S = 2.0  # of a machine's kernel, one lost packet included
+READY_S = 2  # a reservation takes some tens of milliseconds, or its node is gone
 ID_CHARS = 12
 PIN = 0.001  # of the resource that every node has one of, and that bears its address
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
@@ -244,6 +245,7 @@ class Cluster:
     ) -> Remote:
         """An actor in the node's placement group. Returns at once: `ready()` says when it lives. Raises ClusterError."""
         group = self._group(self._alive(node))
+        group.wait(READY_S)  # Ray sometimes never places an actor whose reservation was not there yet when it was asked for
         where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=-1)
         gpus = self._facts["gpus_per_worker"]
         return self._start(f"worker:{worker_id}", node, factory, payload, log, where, num_cpus=1, num_gpus=gpus)
