@@ -42,7 +42,7 @@ from framework.nodes import (
     natural,
     one_life,
 )
-from framework.ray_calls import Actor, Call, Remote, wait_all, wait_any
+from framework.ray_calls import Call, Remote, actor_class, wait_all, wait_any
 from framework.ray_session import connect, forget_facts, get_facts, give_notice, namespace, put_facts
 from framework.raylets import HEAD, HEAD_IP
 
@@ -54,7 +54,6 @@ __all__ = [
 POLL_S = 0.05
 ACCEPT_S = 0.5
 ANSWER_S = 2.0  # of a machine's kernel, one lost packet included
-READY_S = 2  # a reservation takes some tens of milliseconds, or its node is gone
 ID_CHARS = 12
 PIN = 0.001  # of the resource that every node has one of, and that bears its address
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
@@ -245,7 +244,6 @@ class Cluster:
     ) -> Remote:
         """An actor in the node's placement group. Returns at once: `ready()` says when it lives. Raises ClusterError."""
         group = self._group(self._alive(node))
-        group.wait(READY_S)  # Ray sometimes never places an actor whose reservation was not there yet when it was asked for
         where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=-1)
         gpus = self._facts["gpus_per_worker"]
         return self._start(f"worker:{worker_id}", node, factory, payload, log, where, num_cpus=1, num_gpus=gpus)
@@ -322,7 +320,7 @@ class Cluster:
             "node": node,
             "address": address,
         }
-        handle = Actor.options(**options).remote(factory, dict(payload), hosting)  # type: ignore[attr-defined]
+        handle = actor_class().options(**options).remote(factory, dict(payload), hosting)
         return Remote(handle, name=name, node=node)
 
     def _found(self, kind: str) -> dict[str, Remote]:

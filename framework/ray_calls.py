@@ -17,6 +17,7 @@ import os
 import re
 import signal
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import ray
@@ -40,7 +41,6 @@ EXIT_NEWS_S = 0.3  # Ray sees the closed socket before the book has the wait sta
 NODE_DIED, RAY_KILL = 3, 4  # ActorDiedErrorContext.Reason
 
 
-@ray.remote(concurrency_groups=LANES, max_task_retries=0)
 class Actor:
     """A `Host` with two lanes."""
 
@@ -61,6 +61,14 @@ class Actor:
     def own(self, method: str, args: Sequence[Any]) -> tuple[str, Any]:
         """Call the host itself."""
         return "value", getattr(self._host, method)(*args)
+
+
+@cache
+def actor_class() -> Any:
+    """`Actor` as Ray knows it. Made where it is first used, never on import: that draws an id from Ray's generator, and the
+    workers that are forked from a process which has drawn one all draw the same ids from then on, on one node at one time.
+    """
+    return ray.remote(concurrency_groups=LANES, max_task_retries=0)(Actor)
 
 
 class Remote:

@@ -138,3 +138,26 @@ def test_a_launcher_asks_again_until_a_worker_exists(tmp_path: Path) -> None:
                 for fd in fds:
                     os.close(fd)
         assert launcher.wait(20.0) == 0
+
+
+FORKS = """
+import importlib, os
+from framework.local_cluster import PRELOAD
+for name in PRELOAD:
+    importlib.import_module(name)
+from ray import ObjectID
+for _ in range(3):
+    if os.fork() == 0:
+        print(ObjectID.from_random().hex(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_workers_that_are_forked_draw_ids_of_their_own() -> None:
+    """One of the preloaded modules had drawn an id: all forks drew the same ones after it. Every worker's first id names an object
+    that it puts into its node's store to try it: of two that did so at the same moment one died of it, after its raylet had
+    been told that it lives, and the actor that it was for never began.
+    """
+    told = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=120, check=True)
+    assert len(set(told.stdout.split())) == 3
