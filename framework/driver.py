@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
 
         check_installed()
     read_from(config)
-    resumed = resolve(config.resume)
+    asked, resumed = config.resume, resolve(config.resume, own=config.run_dir)
+    config = replace(config, resume=resumed)  # found once, by who was asked: to another process, `auto` may mean this very run
     changed = check_same(config, resumed) if resumed is not None else ()
     directory = RunDir.create(config.run_dir)
     directory.write_config(plain(config))
@@ -67,6 +69,8 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
             reachable(config.run_dir, Reach(cluster.address, cluster.control)),
         ):
             shown.event(_notice(f"cluster up after {startup.total_s:.1f} s; run directory {config.run_dir}"))
+            if asked == "auto":
+                shown.event(_notice(f"resume=auto: {resumed or 'no run beside this one has a checkpoint, so it begins'}"))
             for change in changed:
                 shown.event(_notice(f"resumed with another {change}"))
             if interrupts.count:
@@ -97,7 +101,7 @@ def plan(config: Config) -> str:
     from framework.outlook import outlook  # it brings PyTorch, which this process needs for nothing else
 
     sys.path += [path for path in import_paths() if path not in sys.path]
-    return outlook(config)
+    return outlook(replace(config, resume=resolve(config.resume, own=config.run_dir)))
 
 
 def doctor(config: Config) -> tuple[bool, str]:

@@ -34,25 +34,24 @@ SAVE_S = 600.0
 HOLD_S = 10.0
 
 
-def resolve(resume: str | None) -> str | None:
-    """The checkpoint that `resume` means: a run directory's newest, a checkpoint, or `auto`, the newest run's.
+def resolve(resume: str | None, *, own: str) -> str | None:
+    """The checkpoint that `resume` means: a run directory's newest, a checkpoint, or `auto`: that of the newest run beside
+    the run `own` that has one, and None, for a new run, if none has. The same command can so be typed again and again.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none where one was named. A path is absolute, as every process of the run must find it.
     """
     if resume is None:
         return None
     if resume == "auto":
-        newest = run_dir.newest_run_dir()
-        if newest is None:
-            raise ValueError("resume: auto needs a run below runs/, got none; leave resume out for a new run")
-        resume = str(newest)
-    if INDEX in open_storage(resume).sizes():
-        return resume
-    for root in _roots(resume):
-        found = shelf.newest(root)
-        if found is not None:
-            return found
-    raise ValueError(f"resume: must be a run or checkpoint directory with a complete checkpoint, got {resume}; see holdfast checkpoint ls")
+        return next((found for place in run_dir.run_dirs(Path(own).parent) if (found := _newest(str(place)))), None)
+    found = resume if INDEX in open_storage(resume).sizes() else _newest(resume)
+    if found is None:
+        raise ValueError(f"resume: must be a run or checkpoint directory with a complete checkpoint, got {resume}; see holdfast checkpoint ls")
+    return found if "://" in found else str(Path(found).absolute())
+
+
+def _newest(place: str) -> str | None:
+    return next((found for root in _roots(place) if (found := shelf.newest(root)) is not None), None)
 
 
 def tracking_of(path: str) -> str | None:
@@ -86,7 +85,7 @@ class Durable:
         self._losses: Mapping[int, float] = {} if losses is None else losses
         self._wish = config.fault_tolerance.durable
         self.root = self._wish.dir or f"{config.run_dir}/checkpoints"
-        self._first = resolve(config.resume)
+        self._first = config.resume
         self._thread: threading.Thread | None = None
         self._news: list[dict[str, Any]] = []
         self._rejected: set[str] = set()

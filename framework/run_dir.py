@@ -38,10 +38,9 @@ def new_run_dir(root: str | Path = "runs") -> str:
     return str(Path(root) / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}")
 
 
-def newest_run_dir(root: str | Path = "runs") -> Path | None:
-    """The run directory below `root` that was written to last: what `resume=auto` means. None if there is none."""
-    found = [path.parent for path in Path(root).glob("*/config.yaml")]
-    return max(found, key=lambda path: _changed(path), default=None)
+def run_dirs(root: str | Path) -> list[Path]:
+    """The runs below `root`, the one that was written to last first."""
+    return sorted((path.parent for path in Path(root).glob("*/config.yaml")), key=_changed, reverse=True)
 
 
 class RunDir:

@@ -133,19 +133,35 @@ def test_a_run_that_continues_another_keeps_its_identity_in_wandb(tmp_path: Path
     keeper = durable(tmp_path / "a")
     first = RunDir(tmp_path / "a")
     save(keeper, 3, Agent())
-    path = resolve(str(tmp_path / "a"))
+    path = resolve(str(tmp_path / "a"), own="")
     assert path is not None and tracking_of(path) == first.tracking_id == first.run_id
     second = RunDir(tmp_path / "b")
     second.track_as(first.tracking_id)
     assert (second.tracking_id, second.run_id != first.run_id) == (first.run_id, True)
     save(durable(tmp_path / "b"), 5, Agent())
-    third = resolve(str(tmp_path / "b"))
+    third = resolve(str(tmp_path / "b"), own="")
     assert third is not None and tracking_of(third) == first.run_id, "and so does the one after it"
+
+
+def test_auto_is_the_newest_checkpoint_beside_the_run_and_none_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller once looked for it again, and found the run that it was starting."""
+    own = str(tmp_path / "runs" / "c")
+    assert resolve("auto", own=own) is None
+    for name, step in (("a", 3), ("b", 0)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").write_text("fault_tolerance: {durable: {dir: null}}\n")
+        if step:
+            save(durable(tmp_path / "runs" / name), step, Agent())
+    found = resolve("auto", own=own)
+    assert found == str(tmp_path / "runs" / "a" / "checkpoints" / "step_000003"), "b is newer, and has saved nothing"
+    assert resolve(found, own=own) == found
+    monkeypatch.chdir(tmp_path)
+    assert resolve("runs/a", own=own) == found, "as another process finds it"
 
 
 def test_a_changed_config_is_refused_or_written_down_by_key(tmp_path: Path) -> None:
     save(durable(tmp_path), 3, Agent())
-    path = resolve(str(tmp_path))
+    path = resolve(str(tmp_path), own="")
     assert path is not None
 
     def check(*words: str) -> tuple[str, ...]:

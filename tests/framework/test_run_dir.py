@@ -10,7 +10,7 @@ import time
 import pytest
 
 from framework import run_dir
-from framework.run_dir import RunDir, new_run_dir, newest_run_dir
+from framework.run_dir import RunDir, new_run_dir, run_dirs
 
 
 def row(step, **more):
@@ -102,5 +102,5 @@ def test_two_runs_in_one_second_have_two_names_and_the_newest_is_found(tmp_path)
         for file in os.scandir(name):
             if file.is_file():
                 os.utime(file, (1000 - age, 1000 - age))
-    assert str(newest_run_dir(tmp_path)) == sorted(names)[0]
-    assert newest_run_dir(tmp_path / "none") is None
+    assert list(map(str, run_dirs(tmp_path))) == sorted(names)[:3]
+    assert run_dirs(tmp_path / "none") == []

@@ -45,7 +45,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     assert all("checkpoint_age_s" in row for row in rows(stopped.place))
 
     last = step + 3
-    resumed = Run(tmp_path / "resumed", *PIPELINE, f"resume={stopped.place}", f"optim.num_steps={last}").wait(0)
+    resumed = Run(tmp_path / "resumed", *PIPELINE, "resume=auto", f"optim.num_steps={last}").wait(0)
     through = Run(tmp_path / "through", *PIPELINE, f"optim.num_steps={last}").wait(0)
     assert _numbers(resumed.place, range(step + 1, last + 1)) == _numbers(through.place, range(step + 1, last + 1))
     ends = [json.loads((run.place / "summary.json").read_text()) for run in (resumed, through)]
