@@ -74,7 +74,7 @@ def test_a_model_of_the_users_own_trains_from_their_directory_and_every_sink_get
     (place / "my_model.py").write_text(example)
     sinks = ["monitor.csv=true", "monitor.tensorboard=true", "monitor.prometheus=true", "monitor.eval_samples=8", "cluster.preflight=true"]
     words = ["model._target_=my_model.Memory", "model.dim=64", "model.num_layers=4", "optim.num_steps=40"]
-    words += ["data=text", "data.path=texts/", "fault_tolerance.durable.every_steps=20"]
+    words += ["data=text", "data.path=texts/", "data.seq_len=32", "fault_tolerance.durable.every_steps=20"]
     process = train(*words, "optim.global_batch=8", "cluster.num_nodes=2", "layout.dp=1", *sinks, cwd=place, run=Path("runs/mine"))
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, f"{out}\n{err}"
