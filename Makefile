@@ -35,7 +35,7 @@ train: $(STAMP)  ## train the default model: RUN='model=20m ...' overrides anyth
 test: $(STAMP)  ## all tests: TESTS=tests/parallel for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
-test-fast: $(STAMP)  ## the tests that take under a minute and start no cluster
+test-fast: $(STAMP)  ## the tests that start no cluster: two minutes
 	@.ci/fast $(BIN)/python $(TESTS)
 
 lint: $(STAMP)  ## ruff and mypy

@@ -44,6 +44,7 @@ def test_a_state_comes_back_from_the_files_of_another_program(tmp_path: Path) ->
     assert back.extra["samples"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "wrong"),
     [

@@ -154,6 +154,7 @@ for _ in range(3):
 """
 
 
+@pytest.mark.slow
 def test_workers_that_are_forked_draw_ids_of_their_own() -> None:
     """One of the preloaded modules had drawn an id: all forks drew the same ones after it. Every worker's first id names an object
     that it puts into its node's store to try it: of two that did so at the same moment one died of it, after its raylet had
