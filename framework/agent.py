@@ -27,7 +27,7 @@ from fault_tolerance.vault import Vault
 from fault_tolerance.version import Key, Version
 from framework.network import chosen, interfaces
 from framework.notice import Notice
-from parallel.recorder_build import build_beside
+from parallel.recorder_build import RECORDER
 
 
 class Agent:
@@ -43,7 +43,7 @@ class Agent:
         self._holding, self._held = ExitStack(), dict[Key, Version]()
         self._host = host
         self._probe: Probe | None = None
-        build_beside()
+        RECORDER.build_beside()
 
     def address(self) -> str:
         """Where the vault listens."""

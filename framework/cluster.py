@@ -261,10 +261,6 @@ class Cluster:
         """The run's node actors that live or are starting, by node."""
         return self._found("vault")
 
-    def processes(self, node: str) -> tuple[int, ...]:
-        """Processes of an emulated machine that run somebody's program, or will; of a real one nothing is known."""
-        return () if self.control is None else Machines(self.control).workers(node)
-
     def drain(self, node: str, *, deadline_s: float) -> None:
         """Give notice to a node, as a cloud does before it takes a machine back. It then shows as `draining`."""
         give_notice(ray.get_runtime_context().gcs_address, self._alive(node).ray_id, deadline_s=deadline_s)

@@ -32,7 +32,7 @@ from framework.readable import read_from
 from framework.run_dir import RunDir
 from framework.startup import Startup
 from framework.telemetry import Telemetry
-from parallel.recorder_build import build_beside
+from parallel.recorder_build import RECORDER
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
 FOLLOW_S = 0.5
@@ -61,7 +61,7 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
     directory.close()
     progress = make_progress(config.monitor.progress, num_steps=config.optim.num_steps)
     shown = Telemetry({} if progress is None else {"progress": progress})
-    build_beside()  # by the process that was typed: what the run's processes start ends with the run
+    RECORDER.build_beside()  # by the process that was typed: what the run's processes start ends with the run
     try:
         with (
             _Interrupts() as interrupts,

@@ -115,8 +115,7 @@ class Pool:
     def _start_anew(self, stuck: Iterable[str], seats: Sequence[str]) -> None:
         for who in sorted(stuck):
             self.unready = (_node_of(who), f"{who}{self._state(who)} does not come up, others did: it is started anew")
-            strangers = sorted({*self._cluster.processes(_node_of(who))} - {remote.pid for remote in self._remotes().values()})
-            print(f"pool: {self.unready[1]}; processes there that are nobody's: {strangers or 'none'}", flush=True)
+            print(f"pool: {self.unready[1]}", flush=True)
             self._forget(who)
         self.start(seats)
 

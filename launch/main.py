@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code. Whoever calls it in a process of theirs keeps their handler of SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _own_packages_first()
-    theirs = threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    if not theirs:
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, also while libraries are loaded
     try:
         return _dispatch(words)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     finally:
-        if not theirs:
+        if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -41,11 +41,6 @@ def library() -> Path:
     return RECORDER.path()
 
 
-def build_beside() -> None:
-    """See `Native.build_beside`."""
-    RECORDER.build_beside()
-
-
 def load(*, compile: bool = True) -> ModuleType:
     """The extension, compiled first if it is not cached; without `compile`, that is refused too. Raises BuildError."""
     if NAME in sys.modules:
