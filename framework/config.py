@@ -198,9 +198,10 @@ class DetectConfig:
 
 @dataclass(frozen=True, slots=True)
 class DrillConfig:
-    """Faults to inject on purpose (`framework.faults`)."""
+    """Faults to inject on purpose (`framework.faults`). `on_call`: also those that are called for while the run goes on."""
 
     faults: tuple[Fault, ...]
+    on_call: bool
 
 
 @dataclass(frozen=True, slots=True)

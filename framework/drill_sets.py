@@ -43,6 +43,18 @@ FEW = (  # one worker a node: steps are short, so that machines have time to com
     "fault_tolerance.max_steps_lost=2",
 )
 LONG = (*FEW, "optim.num_steps=120", "detect.quarantine_s=10")
+MATRIX = (  # nodes come back again and again and are not barred for it
+    "model=tiny",
+    "data=synthetic",
+    "data.seq_len=16",
+    "optim.global_batch=8",
+    "monitor=quiet",
+    "cluster.num_nodes=4",
+    "fault_tolerance.tolerate=2",
+    "fault_tolerance.every_steps=2",
+    "fault_tolerance.max_steps_lost=2",
+    "detect.quarantine_s=0.01",
+)
 FOUR = (*BASE[:5], "layout.pp=1", "layout.dp=4", "layout.tp=1", "fault_tolerance.tolerate=1", *BASE[-2:])
 PAIRS = (*FOUR, "cluster.num_nodes=2", "cluster.workers_per_node=2")
 

@@ -11,6 +11,9 @@ A fault fires once in the life of a run, however often its step is done again: w
 `staging` just before that step's snapshot begins, `encode` and `transfer` as soon as it has, the others where their
 name says. Each is carried out by the victim itself; what happens to a node without a rank, by rank 0.
 
+With `drill.on_call` faults may also be called for while the run goes on: a line of JSON, with the same keys, appended to
+`<run_dir>/drill/calls.jsonl` (`call`). One that was called for fires at its step or at the first one after it.
+
     kind                                        severity
     kill_worker kill_node stop_worker raise     none
     hang                                        below 1: a collective is left out; else the GIL is held for ever
@@ -28,18 +31,20 @@ Rule of this file: when and where. What happens then, to more than one process, 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from framework import fault_acts
 
+CALLS = "calls.jsonl"
 PHASES = ("forward", "backward", "optimizer", "staging", "encode", "transfer", "recovery")
 KINDS = (
     "kill_worker", "kill_node", "stop_worker", "hang", "slow_worker", "slow_link", "partition", "preempt", "add_node",
@@ -87,6 +92,17 @@ def claim(directory: Path, index: int | str) -> bool:
     return True
 
 
+def call(directory: Path, faults: Sequence[Fault]) -> None:
+    """Have faults fire in a run that goes on; `directory` is its `drill`. Its ranks learn of all of them at once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(asdict(fault)) + "\n" for fault in faults)
+    file = os.open(directory / CALLS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, lines.encode())
+    finally:
+        os.close(file)
+
+
 class FaultInjector:
     """The faults that may fire in this worker, armed for one generation.
 
@@ -103,8 +119,11 @@ class FaultInjector:
         leads_node: bool,
         seated: Collection[str] = (),
         acts: Mapping[str, Callable[[Fault], None]] | None = None,
+        on_call: bool = False,
     ) -> None:
-        """`seated`: the nodes that have a rank. `acts`: what only the caller knows how to do, by kind."""
+        """`seated`: the nodes that have a rank. `acts`: what only the caller knows how to do, by kind. `on_call`: faults
+        are also taken from the file of calls.
+        """
 
         def here(fault: Fault) -> bool:
             if fault.node is None:
@@ -113,16 +132,19 @@ class FaultInjector:
                 return leads_node or fault.kind == "slow_link"
             return rank == 0 and bool(seated) and fault.node not in seated and fault.kind in FROM_AFAR
 
-        mine = [(i, f) for i, f in enumerate(faults) if here(f)]
+        self._here = here
         self._poison = 0
         self._acts = _ACTS | {"poison": self._spoil} | dict(acts or {})
         self._directory, self._rank = directory, rank
-        self._armed = [(i, f) for i, f in mine if not (directory / self._name(i, f)).exists()]
+        self._armed: list[tuple[int | str, Fault]] = []
+        self._arm(enumerate(faults))
+        self._calls, self._heard = directory / CALLS if on_call else None, (0, 0)
 
     def at(self, step: int, phase: str, *, expected_s: float = 0.0) -> None:
         """Fire what is due at this step and phase. `expected_s`: how long the pass that begins now should take."""
+        self._listen()
         for index, fault in list(self._armed):
-            if fault.phase != phase or fault.step != step:
+            if fault.phase != phase or not (fault.step == step or (fault.step < step and isinstance(index, str))):
                 continue
             self._armed.remove((index, fault))
             share = {"forward": 0.1, "backward": 0.7}.get(phase)
@@ -139,16 +161,30 @@ class FaultInjector:
 
     def recovering(self, reached: int) -> None:
         """Fire the faults of phase `recovery` whose step the run has reached before."""
+        self._listen()
         for index, fault in list(self._armed):
             if fault.phase == "recovery" and fault.step <= reached:
                 self._armed.remove((index, fault))
                 self._fire(index, fault)
 
-    def _name(self, index: int, fault: Fault) -> str:
+    def _arm(self, faults: Iterable[tuple[int | str, Fault]]) -> None:
+        mine = [(i, f) for i, f in faults if self._here(f)]
+        self._armed += [(i, f) for i, f in mine if not (self._directory / self._name(i, f)).exists()]
+
+    def _listen(self) -> None:
+        """Arm what has been called for since the last look."""
+        if self._calls is None or not self._calls.exists() or self._calls.stat().st_size == self._heard[1]:
+            return
+        number, size = self._heard
+        whole = self._calls.read_bytes()[size:].rpartition(b"\n")[0].splitlines()
+        self._heard = number + len(whole), size + sum(len(line) + 1 for line in whole)
+        self._arm((f"call{number + i}", Fault(**json.loads(line))) for i, line in enumerate(whole))
+
+    def _name(self, index: int | str, fault: Fault) -> str:
         """What is claimed: the fault, or this rank's part of one that all ranks of a node carry out."""
         return f"{index}.{self._rank}" if fault.kind == "slow_link" and fault.node is not None else str(index)
 
-    def _fire(self, index: int, fault: Fault) -> None:
+    def _fire(self, index: int | str, fault: Fault) -> None:
         if not claim(self._directory, self._name(index, fault)):
             return
         self._acts[fault.kind](fault)

@@ -103,7 +103,7 @@ class Striker:
         self._thread.join()
 
     def _work(self) -> None:
-        self._wait(lambda: self._find_control() is not None)
+        self._wait(self._finds_control)
         for strike in self._strikes:
             self._wait(lambda strike=strike: reached(self._directory, strike.when))  # type: ignore[misc]
             self._over.wait(strike.delay_s)
@@ -116,6 +116,10 @@ class Striker:
     def _wait(self, condition: Callable[[], bool]) -> None:
         while not self._over.is_set() and not condition():
             self._over.wait(LOOK_S)
+
+    def _finds_control(self) -> bool:
+        self.control = self.control or find_control(self._driver)
+        return self.control is not None
 
     def _carry_out(self, strike: Strike) -> Sequence[int]:
         match strike.kind:
@@ -141,12 +145,14 @@ class Striker:
                     found.append(process.pid)
         return found
 
-    def _find_control(self) -> str | None:
-        """The socket of the run's local cluster, as its processes are told it."""
-        for process in _descendants(self._driver):
-            with contextlib.suppress(psutil.Error):
-                self.control = self.control or process.environ().get(CONTROL)
-        return self.control
+
+def find_control(driver: int) -> str | None:
+    """The socket of a run's local cluster, as its processes are told it."""
+    for process in _descendants(driver):
+        with contextlib.suppress(psutil.Error):
+            if found := process.environ().get(CONTROL):
+                return str(found)
+    return None
 
 
 def left_behind(control: str) -> tuple[str, ...]:

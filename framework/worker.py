@@ -335,6 +335,7 @@ class Worker:
             node=self._node,
             leads_node=plan.ranks_on(self._node)[0] == rank,
             seated=plan.nodes,
+            on_call=self._config.drill.on_call,
             acts={
                 "flip_bit": lambda fault: print("flip_bit:", flip_bit(engine.state()), flush=True),
                 "slow_link": lambda fault: print("slow_link:", mesh.pace(int(fault.severity * 1e6)), "connections", flush=True),
