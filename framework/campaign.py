@@ -27,7 +27,7 @@ from framework.nodes import ClusterError
 from framework.strikes import Hit, find_control
 
 LOOK_S = 0.05
-AHEAD = 3  # steps from the call to the faults: every rank must have read of them by then
+AHEAD = 2  # steps from the call to the faults: every rank must have read of them by then
 PATIENCE_S = 90.0  # for each part of a cell
 FIRST_STEPS = 120  # what a cell may take in steps, before one was seen
 

@@ -56,7 +56,7 @@ def faults(cell: Cell, nodes: Sequence[str], *, ranks_a_node: int, step: int) ->
     return (first, *(Fault(step - 1, "kill_node", "recovery", node=node) for node in lost[-1:]))
 
 
-def steady(events: Sequence[Row], rows: Sequence[Row], *, layout: str, nodes: int, tolerate: int, rest: int = 3) -> tuple[str, ...]:
+def steady(events: Sequence[Row], rows: Sequence[Row], *, layout: str, nodes: int, tolerate: int, rest: int = 2) -> tuple[str, ...]:
     """The nodes of the crew by place, when it has had `rest` steps under its own layout on all nodes, and any `tolerate` of
     them may be lost again; else none.
     """

@@ -22,6 +22,7 @@ from framework.nodes import Node
 MAX_LOSSES, WINDOW_S = 3, 600.0
 ASK_AGAIN_S = 1.0
 SETTLE_S = 3.0
+LISTED_S = 120.0  # for how long a machine that died may still be listed as alive
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Membership:
         self._quarantine = Quarantine()
         self._holding: set[str] = set()
         self._out: set[str] = set()
+        self._counted: dict[str, tuple[str, float]] = {}  # node: the life whose end has been counted last, and when
         self._since: dict[str, tuple[str, float]] = {}  # node: the life (Ray's id) that is here, and since when
         self._leaving: dict[str, tuple[str, float]] = {}
         self._announced: set[str] = set()
@@ -60,11 +62,12 @@ class Membership:
             life, _ = self._since.get(name, ("", now))
             if life == node.ray_id and name not in back:
                 continue
-            if life and life != node.ray_id and name not in back:
+            same = self._is_counted(name, life, now)
+            if life and life != node.ray_id and name not in back and not same:
                 news += self._gone(name, now)  # it was gone and came back between two looks
                 self._out.discard(name)
             self._since[name] = (node.ray_id, now)
-            if self._started and name not in self._out:
+            if self._started and name not in self._out and not same:
                 news.append(News("joined", name, f"{name} has joined" if not life else f"{name} is back"))
         self._leaving = {n: entry for n, entry in self._leaving.items() if n in here and here[n].ray_id == entry[0] and now < entry[1]}
         self._announced = {name for name, node in here.items() if node.draining or name in self._leaving}
@@ -87,7 +90,7 @@ class Membership:
 
     def lost(self, node: str, now: float) -> list[News]:
         """The controller has found a machine gone, maybe before the inventory has."""
-        return list(self._gone(node, now))
+        return list(self._gone(node, now, told=True))
 
     def leave(self, node: str, life: str, now: float) -> None:
         """A machine was asked to leave: it gets no work in this life of it (or for a day)."""
@@ -122,14 +125,23 @@ class Membership:
         self._asked |= dict.fromkeys(due, now)
         return due
 
-    def _gone(self, node: str, now: float) -> Iterator[News]:
-        self._since.pop(node, None)
+    def _is_counted(self, node: str, life: str, now: float) -> bool:
+        """Whether the end of this life of a machine was counted before: a machine that is started again at once answers
+        while the inventory still lists its former life.
+        """
+        counted, at = self._counted.get(node, ("", 0.0))
+        return bool(life) and life == counted and now - at < LISTED_S
+
+    def _gone(self, node: str, now: float, *, told: bool = False) -> Iterator[News]:
+        life, _ = self._since.pop(node, ("", now))
         if node in self._out:
             return
+        known = not told and self._is_counted(node, life, now)
+        self._counted[node] = (life, now)
         self._out.add(node)
         self._asked[node] = now
         yield News("gone", node, f"{node} is gone")
-        if not self._quarantine.holds(node, now) and node not in self._announced:
+        if not known and not self._quarantine.holds(node, now) and node not in self._announced:
             self._quarantine = self._quarantine.lost(
                 node, now_s=now, base_s=self._bar_s, most=self._max, window_s=self._window_s
             )

@@ -117,7 +117,7 @@ def _matrix(arguments: Sequence[str]) -> int:
         shutil.rmtree(twin, ignore_errors=True)
         _train(twin, [*words, "cluster.num_nodes=1", "cluster.workers_per_node=1", "layout.pp=1", "layout.dp=1", "layout.tp=1"])
     run = root / f"{layout}-{time.strftime('%H%M%S')}"
-    degrees = (f"layout.pp={layout.pp}", f"layout.dp={layout.dp}", f"layout.tp={layout.tp}", "drill.on_call=true")
+    degrees = (f"layout.pp={layout.pp}", f"layout.dp={layout.dp}", f"layout.tp={layout.tp}", f"layout.num_microbatches={layout.pp}", "drill.on_call=true")
 
     def campaign(driver: int) -> Campaign:
         return Campaign(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.faults import Fault, FaultInjector, InjectedError, claim
+from framework.faults import Fault, FaultInjector, InjectedError, call, claim
 
 
 def injector(faults: Sequence[Fault], directory: Path, *, rank: int = 0, leads: bool = True) -> FaultInjector:
@@ -47,6 +47,28 @@ def test_a_fault_of_a_node_is_fired_by_its_lowest_rank(tmp_path: Path) -> None:
     injector([fault], tmp_path, rank=5, leads=False).at(1, "staging")
     with pytest.raises(InjectedError):
         injector([fault], tmp_path, rank=4).at(1, "staging")
+
+
+def test_a_fault_that_is_called_for_fires_at_its_step_or_the_first_after_it_and_once(tmp_path: Path) -> None:
+    def on_call(rank: int = 0) -> FaultInjector:
+        return FaultInjector([], directory=tmp_path, rank=rank, node="n0", leads_node=True, on_call=True)
+
+    going, other = on_call(), on_call(rank=1)
+    going.at(3, "forward")
+    call(tmp_path, [Fault(step=4, kind="raise", phase="optimizer", rank=0)])
+    call(tmp_path, [Fault(step=9, kind="raise", phase="forward", rank=0), Fault(step=5, kind="raise", phase="staging", rank=1)])
+    going.at(4, "forward")
+    with pytest.raises(InjectedError):
+        going.at(6, "optimizer")
+    going.at(8, "forward")
+    going.at(9, "staging")
+    with pytest.raises(InjectedError):
+        other.at(5, "staging")
+    later = on_call()  # the next generation
+    later.at(7, "optimizer")
+    with pytest.raises(InjectedError):
+        later.at(9, "forward")
+    injector([], tmp_path).at(9, "forward")  # not on call
 
 
 def test_a_fault_of_recovery_waits_until_the_run_has_come_that_far(tmp_path: Path) -> None:

@@ -53,6 +53,24 @@ def test_a_machine_that_rebooted_between_two_looks_was_gone_too() -> None:
     assert see(members(), reborn("n1", "second"), 10.0) == ["gone n1", "joined n1"]
 
 
+@pytest.mark.parametrize("unlisted_between", [False, True])
+def test_a_machine_that_is_started_again_at_once_was_lost_once(unlisted_between: bool) -> None:
+    """A machine was killed and started again within two seconds. It answered while Ray still listed its former life, so it was
+    back; when Ray then listed the new life, it was taken for lost a second time, and barred after the second loss for a third.
+    """
+    made = members()
+    for number, began in enumerate((10.0, 40.0)):
+        old, new = ("life1" if not number else f"born{number}"), f"born{number + 1}"
+        assert [item.what for item in made.lost("n1", began)] == ["gone"]
+        assert see(made, reborn("n1", old), began + 2) == ["joined n1"], "it answers"
+        news = see(made, without("n1"), began + 3) if unlisted_between else []
+        news += see(made, reborn("n1", new), began + 4)
+        assert news == (["gone n1", "joined n1"] if unlisted_between else [])
+        assert "n1" in names(made, reborn("n1", new), began + 5), "two losses are not three"
+        assert "n1" not in made.settled(reborn("n1", new), began + 6) and "n1" in made.settled(reborn("n1", new), began + 7)
+    assert [item.what for item in made.lost("n1", 70.0)] == ["gone", "quarantine"], "the third"
+
+
 def test_a_partitioned_machine_is_out_although_it_is_listed_and_back_when_it_answers() -> None:
     made = members()
     assert [item.what for item in made.lost("n1", 10.0)] == ["gone"]

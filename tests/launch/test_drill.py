@@ -59,3 +59,21 @@ def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sam
     found = [i["kind"] for i in controller["incidents"]].count("controller")
     assert found >= 3, "all but the first, which may come before there is anything to find again"
     assert controller["samples"] == 320
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_run_goes_through_losses_one_after_the_other_and_each_is_written_down(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.main", "drill", "matrix", "layout=1x4x1", "steps=250", "into=cells"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HOLDFAST_CACHE": str(cache_dir())},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    done = [json.loads(line) for line in (tmp_path / "cells" / "cells.jsonl").read_text().splitlines()]
+    assert done and all(row["held"] and row["steps_lost"] <= 2 for row in done), done
+    assert done[0]["cell"] == "1x4x1 0 forward" and done[0]["incidents"][0].startswith("node_loss 1x4x1>")
