@@ -199,6 +199,11 @@ class Cluster:
         nodes, lacks = self._lacks()
         return tuple(node for node in nodes if not lacks[node.name])
 
+    def unfit(self) -> dict[str, str]:
+        """The machines that are alive and could not hold workers of this run now, and why; heads, which never do, left out."""
+        nodes, lacks = self._lacks()
+        return {node.name: lacks[node.name] for node in nodes if lacks[node.name] and node.alive and not node.head}
+
     def confirm(self, node: str) -> bool:
         """Whether a machine answers right now, without Ray's patience: its raylet takes a connection, and is not stopped."""
         return not self.unanswering([node])

@@ -97,11 +97,15 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
 
 
 def plan(config: Config) -> str:
-    """Everything that would be decided, as text. Starts nothing. Raises ValueError as `run` would."""
+    """Everything that would be decided, as text. Starts nothing; the nodes of a cluster that is running are asked what they
+    have free. Raises ValueError as `run` would.
+    """
     from framework.outlook import outlook  # it brings PyTorch, which this process needs for nothing else
+    from framework.ray_rooms import ask
 
     sys.path += [path for path in import_paths() if path not in sys.path]
-    return outlook(replace(config, resume=resolve(config.resume, own=config.run_dir)))
+    rooms = None if config.cluster.address == "local" else ask(config)
+    return outlook(replace(config, resume=resolve(config.resume, own=config.run_dir)), rooms)
 
 
 def doctor(config: Config) -> tuple[bool, str]:

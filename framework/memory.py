@@ -28,7 +28,7 @@ from fault_tolerance.wire import Refused, WireError
 from framework.cluster import CallError, Remote
 from framework.config import Config
 from framework.overlap import Overlap
-from framework.plan import Plan
+from framework.plan import Plan, Unfit
 from framework.plan import Refused as NoPlan
 from framework.pool import PoolError
 from framework.snapshot_log import SnapshotLog
@@ -191,7 +191,7 @@ class Memory:
     def check_room(self, plan: Plan, agents: Mapping[str, Remote]) -> None:
         """Refuse a plan whose snapshots do not fit into the memory that its nodes have free now, with the numbers.
 
-        Raises Refused. A node that does not answer is not checked.
+        Raises Refused, Unfit where nothing was trained yet. A node that does not answer is not checked.
         """
         if self._keeping.every_steps == 0:
             return
@@ -207,7 +207,8 @@ class Memory:
         try:
             check(needs, {n: f["room"] for n, f in facts.items()}, {n: int(f["held_bytes"]) for n, f in facts.items()})
         except ValueError as error:
-            raise NoPlan(str(error)) from error
+            refused = Unfit if self.snapshot is None else NoPlan  # nothing was trained yet: the config is at fault
+            raise refused(str(error)) from error
 
     def forget(self, node: str) -> None:
         """A node is gone."""

@@ -1,6 +1,6 @@
 """Outlook: everything that would be decided, as text, for `holdfast plan`. Nothing is started.
 
-The nodes are taken as configured (emulated ones on this machine, or `num_nodes` of a cluster that is not asked).
+The nodes are taken as configured: emulated ones on this machine, or those of a cluster that was asked (`ray_rooms.py`).
 
 Rule of this file: it words decisions that `plan.py`, `placement.py` and `budget.py` take.
 """
@@ -17,6 +17,7 @@ from fault_tolerance.slab import slab_of
 from framework.config import Config
 from framework.plan import Place, Plan, Source, make_plan
 from framework.planner import Planner
+from framework.ray_rooms import Rooms
 from framework.readable import read_from
 from parallel.atlas import Atlas
 
@@ -24,23 +25,30 @@ SHOWN = 8  # layouts
 STATE_WORDS = "parameters and both moments, fp32"
 
 
-def outlook(config: Config) -> str:
-    """The plan as lines of `key: value`. Raises ValueError for what would be refused at the start."""
+def outlook(config: Config, rooms: Rooms | None = None) -> str:
+    """The plan as lines of `key: value`. `rooms`: what the nodes of a cluster said. Raises ValueError for what would be refused
+    at the start.
+    """
     planner = Planner(config)
-    plan = make_plan("plan", planner.wish(), planner.situation(places_of(config), source=first_source(config), generation=0))
+    plan = make_plan("plan", planner.wish(), planner.situation(places_of(config, rooms), source=first_source(config), generation=0))
     atlas = planner.atlas(plan.layout, plan.schedule)
-    lines = [*_work(config, planner, plan), *_seats(plan, atlas), *_protection(config, plan, atlas)]
+    lines = [*_work(config, planner, plan), *_seats(plan, atlas), *_protection(config, plan, atlas, rooms)]
     width = max(len(key) for key, _ in lines)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
 
 
-def places_of(config: Config) -> tuple[Place, ...]:
-    """The nodes as configured, all alive and empty."""
+def places_of(config: Config, rooms: Rooms | None = None) -> tuple[Place, ...]:
+    """The nodes as configured, all alive and empty; of a cluster that was asked those that could hold the workers, as many as
+    are wanted, and stand-ins for those that are missing.
+    """
     cluster = config.cluster
     domains = cluster.domains if isinstance(cluster.domains, tuple) else None
-    names = [f"n{i}" for i in range(cluster.num_nodes + cluster.spare_nodes)]
+    wanted = cluster.num_nodes + cluster.spare_nodes
+    found = list(rooms.domains)[:wanted] if rooms is not None else []
+    names = [*found, *(f"n{i}" for i in range(len(found), wanted))]
+    known = {} if rooms is None else rooms.domains
     return tuple(
-        Place(name, cluster.workers_per_node, domains[i] if domains else name) for i, name in enumerate(names)
+        Place(name, cluster.workers_per_node, domains[i] if domains else known.get(name, name)) for i, name in enumerate(names)
     )
 
 
@@ -101,7 +109,7 @@ def _seats(plan: Plan, atlas: Atlas) -> Iterator[tuple[str, str]]:
         yield f"node {node}", f"ranks {ranks}; {_mib(kept[node])} of state ({STATE_WORDS})"
 
 
-def _protection(config: Config, plan: Plan, atlas: Atlas) -> Iterator[tuple[str, str]]:
+def _protection(config: Config, plan: Plan, atlas: Atlas, rooms: Rooms | None) -> Iterator[tuple[str, str]]:
     keeping = config.fault_tolerance
     if keeping.every_steps == 0:
         yield "snapshots", "none (fault_tolerance.every_steps=0)"
@@ -122,8 +130,25 @@ def _protection(config: Config, plan: Plan, atlas: Atlas) -> Iterator[tuple[str,
         yield "memory", f"{_mib(total)} in all; free on this machine, which emulates every node: {free}"
         _check_here(budget)
     else:
-        yield "memory", "each node's own free memory is asked when the run starts (`holdfast doctor` asks it now), and a plan that does not fit is refused"
+        yield from _asked(config, plan, rooms or Rooms(refusal="it was not asked"))
+        memory_budget.check(budget, (rooms or Rooms()).free)
     yield "memory", "snapshots live in memfds: they count as memory, and the size of /dev/shm is no limit to them"
+
+
+def _asked(config: Config, plan: Plan, rooms: Rooms) -> Iterator[tuple[str, str]]:
+    """What the nodes of a cluster have free, and who could not be asked."""
+    later = "; it is asked when the run starts, and what does not fit is refused then"
+    if rooms.refusal:
+        yield "memory", f"free memory is not known: {rooms.refusal}{later}"
+        return
+    for node in plan.nodes:
+        if node in rooms.free:
+            yield "memory", f"{node}: free " + ", ".join(f"{pool} {_mib(left)}" for pool, left in sorted(rooms.free[node].items()))
+    for node, why in rooms.silent.items():
+        yield "memory", f"{node}: {why}" + (later if node in plan.nodes else "")
+    missing = config.cluster.num_nodes - len(rooms.domains)
+    if missing > 0:
+        yield "memory", f"{len(rooms.domains)} of {config.cluster.num_nodes} nodes could hold {config.cluster.workers_per_node} workers now{later}"
 
 
 def _mib(num_bytes: float) -> str:

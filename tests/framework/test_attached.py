@@ -1,5 +1,6 @@
 """A run on a cluster that somebody else has started: it survives the loss of a node, and leaves the cluster as it was."""
 
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ray_cluster import RayCluster
-from tests.framework.attached import NOTHING, finish, left_behind, train, wait_for_step
+from tests.framework.attached import HOLDFAST, NOTHING, finish, left_behind, train, wait_for_step
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 VICTIM = 2
@@ -18,6 +19,23 @@ def ray() -> Iterator[RayCluster]:
     """Three nodes with a token, each on an address of its own."""
     with RayCluster(addresses=["127.0.0.3", "127.0.0.4", "127.0.0.5"]) as cluster:
         yield cluster
+
+
+def plan(ray: RayCluster, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [HOLDFAST, "plan", "data=synthetic", f"cluster.address={ray.address}", "cluster.num_nodes=3", "cluster.workers_per_node=1", *words]
+    return subprocess.run(ray.command(0, argv), env=ray.env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_plan_asks_the_nodes_of_a_cluster_what_they_have_free_and_refuses_what_does_not_fit(ray: RayCluster) -> None:
+    """It said that they would be asked when the run starts, and 24 nodes were reserved before anybody knew."""
+    tiny = plan(ray, "model=tiny", "layout.pp=1", "layout.dp=3")
+    assert tiny.returncode == 0, tiny.stderr
+    for node in ray.addresses:
+        assert f"{node}: free machine " in tiny.stdout and f"node {node} " in tiny.stdout
+    huge = plan(ray, "model=70b", "layout.pp=1", "layout.dp=3")
+    assert huge.returncode == 2 and huge.stderr.startswith("budget: snapshots must fit into the nodes' memory, got ")
+    assert ray.addresses[0] in huge.stderr and " GiB is free" in huge.stderr and huge.stderr.count("\n") == 1
+    assert left_behind(ray) == NOTHING
 
 
 def test_a_node_of_somebody_s_cluster_dies_and_the_run_finishes_and_leaves_nothing(ray: RayCluster, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 
 import launch.train
+from framework.ray_rooms import Rooms
 from launch.main import main
 
 
@@ -23,8 +25,38 @@ def test_what_there_is_to_read_is_looked_up(capsys, tmp_path, monkeypatch):
     assert planned(capsys, "data=text", "data.path=a.txt")["data"] == "text, 1 file, 0.1 MB, 256 tokens a sample"
     assert main(["plan", "model=tiny", "data=jsonl", "data.path=nowhere.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("data.path: no such file or folder, got 'nowhere.jsonl'; ")
+    monkeypatch.setattr("framework.ray_rooms.ask", lambda config: Rooms(refusal="nobody is there"))
     away = ("data=jsonl", "data.path=nowhere.jsonl", "cluster=attached", "cluster.num_nodes=4")
     assert planned(capsys, *away)["data"].startswith("jsonl, "), "the nodes of a cluster may have what this machine has not"
+
+
+def attached(monkeypatch: pytest.MonkeyPatch, **said: Any) -> tuple[str, ...]:
+    monkeypatch.setattr("framework.ray_rooms.ask", lambda config: Rooms(**said))
+    return ("data=synthetic", "cluster=attached", "cluster.num_nodes=4", "cluster.workers_per_node=1")
+
+
+def test_a_cluster_that_was_asked_is_planned_with_under_its_own_names_and_refused_with_its_own_numbers(capsys, monkeypatch):
+    """Nodes of a cluster were planned with as n0, n1, ..., and what they have free was not asked before the start."""
+    names = [f"10.0.0.{i}" for i in range(1, 5)]
+    domains, free = dict.fromkeys(names, "rack") | {names[0]: "other"}, {name: {f"machine {name}": 8 << 30} for name in names}
+    words = attached(monkeypatch, domains=domains, free=free, silent={"10.0.0.9": "0 of 1 CPUs free"})
+    assert main(["plan", "model=tiny", *words]) == 0
+    said = capsys.readouterr().out
+    assert "node 10.0.0.4  ranks " in said and "10.0.0.2: free machine 10.0.0.2 8192.0 MiB" in said and "10.0.0.9: 0 of 1 CPUs free" in said
+    small = attached(monkeypatch, domains=domains, free=free | {names[2]: {"cgroup 7": 1 << 20}})
+    assert main(["plan", "model=tiny", *small]) == 2
+    refusal = capsys.readouterr().err
+    assert refusal.startswith("budget: snapshots must fit into the nodes' memory, got 10.0.0.3: ") and "only 1.00 MiB is free (cgroup 7)" in refusal
+
+
+def test_nodes_that_do_not_answer_are_named_and_the_plan_is_printed_all_the_same(capsys, monkeypatch):
+    words = attached(monkeypatch, domains={"a": "a", "b": "b"}, free={"a": {"machine 1": 1 << 40}}, silent={"b": "no answer within 20 s"})
+    assert main(["plan", "model=tiny", *words]) == 0
+    said = capsys.readouterr().out
+    assert "b: no answer within 20 s; it is asked when the run starts" in said
+    assert "2 of 4 nodes could hold 1 workers now; it is asked when the run starts" in said
+    assert main(["plan", "model=tiny", *attached(monkeypatch, refusal="cluster.address: nobody")]) == 0
+    assert "free memory is not known: cluster.address: nobody; it is asked when the run starts" in capsys.readouterr().out
 
 
 def test_a_run_without_data_is_refused_before_a_cluster_is_started_for_it(capsys, tmp_path, monkeypatch):
