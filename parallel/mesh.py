@@ -145,8 +145,9 @@ def _arrive(
         try:
             store.wait(keys, timedelta(seconds=max(0.001, min(SLICE_S, deadline - time.monotonic()))))
             return [store.get(key).decode() for key in keys]
-        except dist.DistStoreError:
-            if given_up() or time.monotonic() >= deadline:
+        except RuntimeError as error:
+            late = isinstance(error, dist.DistStoreError) or type(error) is RuntimeError  # of a FileStore's timeout it is the bare one
+            if not late or given_up() or time.monotonic() >= deadline:
                 raise
 
 

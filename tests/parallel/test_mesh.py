@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from torch._C._distributed_c10d import TCPStore
+from torch.distributed import FileStore
 
 from parallel.layout import Layout
-from parallel.mesh import Mesh
+from parallel.mesh import SLICE_S, Mesh
 from tests.parallel.compare import Reference, loss_error, state_error
 from tests.parallel.harness import Pool, wait_until
 from tests.parallel.mesh_ranks import alone_in_the_crowd, cut_only_its_own, survive, train_and_count
@@ -107,3 +111,26 @@ def test_a_rank_that_waits_for_one_who_never_comes_gives_up_when_told() -> None:
     with pytest.raises(RuntimeError):
         Mesh.connect(store, rank=0, layout=Layout(dp=2), generation=1, arrive_s=60.0, given_up=over.is_set)
     assert time.monotonic() - began < 5.0
+
+
+def test_who_comes_late_is_waited_for_at_a_store_in_a_file_too(tmp_path: Path) -> None:
+    """A store in a file says that a wait took too long with an error of no type of its own: ranks that came half a second
+    before the last one gave up, where they have a minute.
+    """
+    late = subprocess.Popen([sys.executable, "-c", ARRIVES_LATE, str(tmp_path / "store"), str(4 * SLICE_S)])
+    mesh = Mesh.connect(FileStore(str(tmp_path / "store"), 2), rank=0, layout=Layout(dp=2), generation=0)
+    assert mesh.share("here") == ["here", "there"]
+    mesh.close()
+    assert late.wait(30.0) == 0
+
+
+ARRIVES_LATE = """
+import sys, time
+from torch.distributed import FileStore
+from parallel.layout import Layout
+from parallel.mesh import SLICE_S, Mesh
+time.sleep(float(sys.argv[2]))
+mesh = Mesh.connect(FileStore(sys.argv[1], 2), rank=1, layout=Layout(dp=2), generation=0)
+mesh.share("there")
+mesh.close()
+"""
