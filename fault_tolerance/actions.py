@@ -13,7 +13,6 @@ Rule of this file: pure. Source: GREYHOUND's ladder; ski rental, Karlin et al. (
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,7 +22,7 @@ class Action(IntEnum):
     """From cheap to costly."""
 
     IGNORE = 0
-    REBALANCE = 1  # fewer microbatches for the slow replica
+    REBALANCE = 1  # fewer samples for the slow replica (balance.py)
     RESEAT = 2  # the slow one where it hurts least
     SWAP = 3  # a spare takes its place
     SHRINK = 4  # go on without it, on a smaller layout
@@ -80,20 +79,3 @@ def choose(
         return Choice(Action.IGNORE, reason, tuple(lines), next_at)
     reason = f"{best.action.name.lower()}: {lost}, it costs {best.cost_s:.1f} s and brings steps to {best.step_s:.3f} s"
     return Choice(best.action, reason, tuple(lines), next_at)
-
-
-def rebalance(seconds_each: Sequence[float], total: int) -> tuple[int, ...]:
-    """Microbatches for each replica, at least one each, so that the slowest is done as early as can be.
-
-    `seconds_each[i]` is replica i's time for one. Exact. Raises ValueError if there are fewer than replicas.
-    """
-    if total < len(seconds_each) or min(seconds_each, default=0) <= 0:
-        raise ValueError(f"rebalance: needs {len(seconds_each)} microbatches or more and positive times, got {total}")
-    counts = [1] * len(seconds_each)
-    heap = [(2 * s, i) for i, s in enumerate(seconds_each)]
-    heapq.heapify(heap)
-    for _ in range(total - len(counts)):
-        _, i = heapq.heappop(heap)
-        counts[i] += 1
-        heapq.heappush(heap, ((counts[i] + 1) * seconds_each[i], i))
-    return tuple(counts)

@@ -73,6 +73,17 @@ class Detector:
         self._stopped_at: dict[int, int | None] = {}
         self._called: dict[int, tuple[int, int, int]] = {}
         self._mismatched: list[Verdict] = []
+        self._since = -1
+        self._alike = True
+
+    def work_changed(self, step: int, *, alike: bool) -> None:
+        """After `step` ranks have other work than before: what was learnt of their speed is of no use. Unless those of a
+        stage have all `alike` much of it, nothing is said of how long they compute.
+        """
+        self._since, self._alike, self._fed, self._judged_step = step, alike, step, max(step, self._judged_step)
+        for learnt in (self._levels, self._link_levels, self._series, self._drifted, self._held, self._held_others):
+            learnt.clear()  # type: ignore[attr-defined]
+        self.active = {key: v for key, v in self.active.items() if v.kind not in SLOW}
 
     def observe(self, rings: Mapping[int, bytes | Ring | None], *, now_s: float | None = None) -> list[Verdict]:
         """Take in what could be read of the ranks' rings; return the verdicts that are new since the last call.
@@ -158,7 +169,7 @@ class Detector:
     def _judgeable(self, rank: int) -> dict[int, StepSpan]:
         """The finished steps after the warm-up."""
         known = self._spans[rank]
-        first = min(known, default=0)
+        first = max(min(known, default=0), self._since + 1)
         return {s: span for s, span in known.items() if s >= first + self.settings.warm_up_steps}
 
     def _learn_levels(self) -> None:
@@ -239,11 +250,11 @@ class Detector:
         found: list[Verdict] = []
         for step in range(first, newest + 1):  # more than one, where steps are short against the time between two looks
             until = {rank: {s: span for s, span in spans.items() if s <= step} for rank, spans in seen.items()}
-            if all(until.values()):
+            if all(until.values()) and self._alike:
                 general = judge_stragglers(until, self.topology, levels=self._levels, rule=self.settings.rule)
                 found = [self._with_waits(v) for v in general if v.kind == Kind.SLOW_COMPUTE]
                 computing = self._persistent(found, step, self._held)
-        others = [] if computing else (not found and self._links()) or general or self._drift()
+        others = [] if computing else (not found and self._links()) or general or (self._alike and self._drift()) or []
         return computing or self._persistent([v for v in others if v.kind in SLOW], newest, self._held_others)
 
     def _links(self) -> list[Verdict]:
@@ -255,7 +266,7 @@ class Detector:
     def _delays(self, num_steps: int) -> list[Delay]:
         recent = self._recent(num_steps)
         found = meetings(recent).values()
-        first = self.settings.warm_up_steps + min((min(s) for s in self._spans.values() if s), default=0)
+        first = self.settings.warm_up_steps + max(min((min(s) for s in self._spans.values() if s), default=0), self._since + 1)
         return [d for d in delays(transfers(recent).values(), found, clock_offsets(found)) if d.step >= first]
 
     def _drift(self) -> list[Verdict]:

@@ -5,7 +5,8 @@
                                                  replica 2:  6 7 8 9     labels are ignored and which changes no loss
 
 So any number of replicas can train on any batch, each sample is used once, and a lost replica changes who takes a
-sample but never which samples a step has.
+sample but never which samples a step has. Replicas may be told to take unequal shares: then their microbatches have
+more or fewer places, and are as many as before.
 
 Rule of this file: a batch is a function of its step, so going back is asking again. B places, T = seq_len.
 """
@@ -40,6 +41,13 @@ def share(*, first_sample: int, global_batch: int, dp: int, dp_index: int, num_m
     taken: list[int | None] = list(range(first_sample + start, first_sample + stop))
     size = places(global_batch=global_batch, dp=dp, num_microbatches=num_microbatches)
     return taken + [None] * (size - len(taken))
+
+
+def unequal(*, first_sample: int, shares: Sequence[int], dp_index: int, num_microbatches: int) -> list[int | None]:
+    """The same where replica i takes `shares[i]` samples: as few dummies as fill its own last row."""
+    start = first_sample + sum(shares[:dp_index])
+    taken: list[int | None] = list(range(start, start + shares[dp_index]))
+    return taken + [None] * (-len(taken) % num_microbatches)
 
 
 def tokens_labels(
@@ -78,6 +86,11 @@ class Loader:
         self._num_held_out = min(eval_samples, data.num_val)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._shares: tuple[int, ...] = ()
+
+    def share(self, shares: Sequence[int]) -> None:
+        """From the next batch that is asked for, replica i takes `shares[i]` samples of a step; empty: all alike."""
+        self._shares, self._ahead = tuple(shares), None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(tokens_BT, labels_BT) of this replica's part of step `step`, from 1, whatever was asked for before."""
@@ -87,7 +100,7 @@ class Loader:
         return found
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:
-        """This replica's share of the held-out samples, in batches of the shape of a training batch."""
+        """This replica's share of the held-out samples, in batches of the shape of a training batch of equal shares."""
         size = places(global_batch=self._global_batch, dp=self._dp, num_microbatches=self._num_microbatches)
         mine = self._share(first_sample=0, global_batch=self._num_held_out, multiple=size)
         return [self._read(self._data.val, mine[i : i + size]) for i in range(0, len(mine), size)]
@@ -109,6 +122,11 @@ class Loader:
 
     def _train(self, step: int) -> tuple[Tensor, Tensor]:
         first = (step - 1) * self._global_batch
+        if self._shares:
+            places = unequal(
+                first_sample=first, shares=self._shares, dp_index=self._dp_index, num_microbatches=self._num_microbatches
+            )
+            return self._read(self._data.train, places)
         mine = self._share(first_sample=first, global_batch=self._global_batch, multiple=self._num_microbatches)
         return self._read(self._data.train, mine)
 

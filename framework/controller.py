@@ -46,7 +46,7 @@ from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
 from framework.vitals import Vitals
 from framework.watch import Limits, Sight, apart, judge, notice
-from framework.weighing import Costs, Outlook
+from framework.weighing import Costs, Outlook, Tried
 from parallel.layout import Layout
 
 KEEP_S = 0.5
@@ -97,8 +97,7 @@ class Controller:
         self._failures: dict[int, int] = {}
         self._summary: dict[str, Any] | None = None
         self._response: Response | None = None
-        self._reseated: set[str] = set()
-        self._stuck_ways: list[tuple[str, str]] = []
+        self._tried = Tried()
         self._vitals = Vitals()
 
     def _gauge(self) -> Gauge:
@@ -329,10 +328,10 @@ class Controller:
             self._pool.agents,
             sentinel=Sentinel(crew.plan, self._pool.agents, settings_of(self._config.detect)),
             request_test=crew.request_test,
+            request_shares=crew.request_shares,
             without=lambda node: self._without(node, crew.plan),
             costs=Costs(wish.muster_s, wish.start_worker_s),
-            reseated=self._reseated,
-            stuck=self._stuck_ways,
+            tried=self._tried,
         )
 
     def _without(self, node: str, plan: Plan) -> Outlook:

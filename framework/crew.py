@@ -126,6 +126,10 @@ class Crew:
         """Have the ranks measure each other at the next step boundary."""
         self.ranks[0].remote.call("request_test", self.plan.generation)
 
+    def request_shares(self, shares: Sequence[int]) -> None:
+        """Have replica i take `shares[i]` samples of a global batch from the next step on; empty: equally many."""
+        self.ranks[0].remote.call("request_shares", self.plan.generation, list(shares))
+
     def abort(self, *, deadline_s: float, dead_nodes: frozenset[str]) -> tuple[int, ...]:
         """Throw everybody out of the collectives. Returns the ranks that had to be killed for it.
 

@@ -2,7 +2,8 @@
 
     verdict  ->  event `verdict` (class, place, evidence; of a hung rank its Python stack)
              ->  crash, hang, mismatch:   Trouble, when it has stood for two looks
-             ->  slow:                    weighed (weighing.py), acted upon only where that pays
+             ->  slow:                    weighed (weighing.py), acted upon only where that pays; where replicas take
+                                          unequal shares for it, that is watched (balancer.py)
 
 What the controller finds by itself (a closed socket, no answer, no progress) is explained here by the records, so that the
 trouble names who is at fault and not who suffers.
@@ -19,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from fault_tolerance.actions import Action, choose
+from fault_tolerance.balance import Shares
 from fault_tolerance.stacks import innermost, thread_first
 from fault_tolerance.verdict import NAMES_NOBODY, Kind, Verdict
+from framework.balancer import Balancer
+from framework.balancing import relief
 from framework.cluster import CallError, Remote
 from framework.config import Config
 from framework.incident import Trouble
@@ -28,7 +32,7 @@ from framework.journal import Journal
 from framework.log_watch import LogWatch
 from framework.plan import Plan
 from framework.sentinel import Sentinel
-from framework.weighing import AGAIN, Costs, Outlook, by_test, evicted, stuck_end, ways_out
+from framework.weighing import AGAIN, Costs, Outlook, Tried, by_test, evicted, stuck_end, ways_out
 
 TROUBLE = {Kind.CRASH: "crash", Kind.HANG: "hang", Kind.LINK_HANG: "hang", Kind.MISMATCH: "mismatch"}
 SLOW = {Kind.SLOW_COMPUTE: "slow_compute", Kind.SLOW_LINK: "slow_link"}
@@ -44,10 +48,11 @@ UNEXPLAINED = ("hang", "crash")
 @dataclass(slots=True)
 class Case:
     """Somebody slow: since which step, seen last in which, whether a test has confirmed it, when to test or to weigh again,
-    what was said last."""
+    what was said last, and what had been lost before `since`."""
 
     since: int
     seen: int = 0
+    lost_s: float = 0.0
     asked_s: float | None = None
     confirmed: Verdict | None = None
     test_at: int = 0
@@ -56,8 +61,7 @@ class Case:
 
 
 class Response:
-    """One crew's verdicts. `without` tells what would become of the crew without a machine; machines in `reseated` have
-    had a new process for slowness before; `stuck` are the ways between machines in which a transfer did not end."""
+    """One crew's verdicts. `without` tells what would become of the crew without a machine."""
 
     def __init__(
         self,
@@ -68,14 +72,14 @@ class Response:
         *,
         sentinel: Sentinel,
         request_test: Callable[[], None],
+        request_shares: Callable[[Sequence[int]], None],
         without: Callable[[str], Outlook],
         costs: Costs,
-        reseated: set[str],
-        stuck: list[tuple[str, str]],
+        tried: Tried,
     ) -> None:
         self._config, self._journal, self._plan, self._agents = config, journal, plan, agents
-        self._stuck = stuck
-        self._request_test, self._without, self._costs, self._reseated = request_test, without, costs, reseated
+        self._request_test, self._without, self._costs, self._tried = request_test, without, costs, tried
+        self._balancer = Balancer(journal, sentinel, request=request_shares, test=request_test, tried=tried)
         self._cases: dict[tuple[object, ...], Case] = {}
         self._sentinel = sentinel
         self._logs = LogWatch(journal.logs, plan)
@@ -104,15 +108,16 @@ class Response:
         over = [key for key, case in self._cases.items() if self._journal.reached - case.seen > 3 * ONSET_STEPS]
         for key in over:
             del self._cases[key]
-        return next((t for v in slow if (t := self._weigh(v)) is not None), None)
+        return next((t for v in slow if (t := self._weigh(v)) is not None), None) or self._tend()
 
     def heard(self, said: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """Take what is meant for it, a pair test's figures, out of what the ranks have said; returns the rest."""
         rest = []
         for item in said:
             if item.get("event") != "pair_test":
-                rest.append(item)
+                rest.append(self._shared(item) if item.get("event") == "shares" else item)
                 continue
+            self._balancer.tested(item)
             for verdict in self._sentinel.active():
                 case = self._cases.get(verdict.key)
                 if case is not None and case.asked_s is not None:
@@ -121,6 +126,8 @@ class Response:
 
     def explained(self, trouble: Trouble) -> Trouble:
         """The trouble, with what the records add: who is at fault where nobody was named, and what it was doing."""
+        if self._balancer.now is not None and "out of memory" in trouble.evidence.lower():
+            self._tried.unequal = f"a rank ran out of memory with unequal shares at step {trouble.step}"
         found = self._sentinel.explain() if trouble.kind in UNEXPLAINED else []
         named = next((v for v in found if v.kind in TROUBLE and (not trouble.ranks or set(v.ranks) & set(trouble.ranks))), None)
         if named is not None and not trouble.ranks and not trouble.nodes:
@@ -170,37 +177,74 @@ class Response:
         return self._chosen(verdict, case)
 
     def _chosen(self, verdict: Verdict, case: Case) -> Trouble | None:
-        step_s, healthy_s = self._sentinel.step_times(verdict)
+        step_s, healthy_s = self._balancer.times(verdict) or self._sentinel.step_times(verdict)
         left = self._config.optim.num_steps - self._journal.reached
-        if healthy_s <= 0 or left <= 0 or case.confirmed is None:
+        if healthy_s <= 0 or left <= 0 or case.confirmed is None or self._balancer.settling(verdict):
             return None
-        lost_s = (step_s - healthy_s) * (self._journal.reached - case.since)
+        lost_s = case.lost_s + (step_s - healthy_s) * (self._journal.reached - case.since)
         node = evicted(case.confirmed)  # messages of the test cross one way each: it knows the place better
+        shares = self._relief(verdict, step_s, healthy_s)
         options = ways_out(
             verdict, self._sentinel.topology, self._without(node), self._costs,
-            step_s=step_s, healthy_s=healthy_s, reseated=node in self._reseated,
+            step_s=step_s, healthy_s=healthy_s, reseated=node in self._tried.reseated, shares=shares,
         )  # fmt: skip
         choice = choose(options, step_s=step_s, healthy_step_s=healthy_s, steps_left=left, lost_s=lost_s)
         action = choice.action.name.lower()
-        if action != case.said:
+        if action != case.said and not (choice.action is Action.IGNORE and self._balancer.now is not None):
             case.said = action
+            none = [f"rebalance: no, {shares.reason}"] if shares is not None and not shares.samples else []
             self._journal.event(
                 "verdict",
                 reason=f"{verdict.reason}; confirmed: {case.confirmed.reason}; {choice.reason}",
                 action=action,
                 confirmed=True,
-                comparison=list(choice.comparison),
+                comparison=[*choice.comparison, *none],
                 **as_fields(verdict),
             )
-        if choice.action is Action.IGNORE:
+        if choice.action is Action.REBALANCE and shares is not None:
+            case.lost_s, case.since = lost_s, self._journal.reached
+            self._balancer.begin(verdict, shares, before_s=step_s, healthy_s=healthy_s)
+        if choice.action in (Action.IGNORE, Action.REBALANCE):
             return None
         if choice.action is Action.RESEAT:
-            self._reseated.add(node)
+            self._tried.reseated.add(node)
         evidence = f"{verdict.reason}; {choice.reason}"
         named_s = step_s * ONSET_STEPS  # until it was named; to act may take longer
         return Trouble(
             SLOW[verdict.kind], verdict.ranks, (node,), evidence, self._journal.reached, time.time(), named_s, remedy=action
         )
+
+    def _relief(self, verdict: Verdict, step_s: float, healthy_s: float) -> Shares | None:
+        """The shares that would suit; None where there is no question of any: a slow way, or they are unequal already."""
+        if verdict.kind != Kind.SLOW_COMPUTE or self._balancer.now is not None:
+            return None
+        if self._tried.unequal:
+            return Shares((), step_s, self._tried.unequal)
+        known = [v for v in self._sentinel.active() if (c := self._cases.get(v.key)) and c.confirmed and v.kind == verdict.kind]
+        return relief(
+            self._config, self._plan.layout, self._plan.num_microbatches, known or [verdict], step_s=step_s, healthy_s=healthy_s
+        )
+
+    def _shared(self, item: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The ranks share the batch otherwise: of whom that is over, he is judged anew."""
+        said, over = self._balancer.taken(item)
+        if over is not None:
+            self._cases.pop(over.key, None)
+            self._told.discard(over.key)
+        return said
+
+    def _tend(self) -> Trouble | None:
+        """Where shares are unequal for somebody: whether they still help, and whether something dearer pays by now."""
+        self._balancer.look()
+        now = self._balancer.now
+        case = None if now is None else self._cases.get(now.verdict.key)
+        if now is None or case is None:
+            return None
+        case.seen = self._journal.reached
+        if time.monotonic() < case.weigh_at_s:
+            return None
+        case.weigh_at_s = time.monotonic() + 1.0
+        return self._chosen(now.verdict, case)
 
     def _charge(self, verdict: Verdict) -> Trouble:
         stack = self._stack(verdict.ranks) if verdict.kind == Kind.HANG else ""
@@ -214,8 +258,8 @@ class Response:
     def _between(self, verdict: Verdict, trouble: Trouble) -> Trouble:
         """A way is stuck: neither end is killed for what lies between them, but one that keeps being stuck is left out."""
         first, last = verdict.link or (verdict.ranks[0], verdict.ranks[-1])
-        self._stuck.append((self._plan.seats[first].node, self._plan.seats[last].node))
-        node = stuck_end(self._stuck) if self._config.detect.action == "act" else None
+        self._tried.stuck.append((self._plan.seats[first].node, self._plan.seats[last].node))
+        node = stuck_end(self._tried.stuck) if self._config.detect.action == "act" else None
         outlook = None if node is None else self._without(node)
         if node is None or outlook is None or outlook.ratio is None:
             return replace(trouble, ranks=(), nodes=())

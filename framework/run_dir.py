@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 EVENT_KINDS = (
-    "plan", "preflight", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "node", "checkpoint", "alarm", "evaluation",
+    "plan", "preflight", "crew", "startup", "snapshot", "trouble", "recovered", "resized", "node", "checkpoint", "alarm", "shares", "evaluation",
     "record", "verdict", "finished", "failed",
 )  # fmt: skip
 METRIC_KEYS = (

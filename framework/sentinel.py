@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fault_tolerance.deadlines import Patience
-from fault_tolerance.detector import Detector, Settings
+from fault_tolerance.detector import SLOW, Detector, Settings
 from fault_tolerance.hangs import judge_hangs
 from fault_tolerance.stragglers import Rule
 from fault_tolerance.verdict import Kind, Topology, Verdict
@@ -110,6 +110,18 @@ class Sentinel:
             detector = self._detector
             found = [v for v in detector.active.values() if v.kind in CERTAIN]
             return found or judge_hangs(detector.rings, detector.topology, lambda record: LEAST_WAIT_S)
+
+    def work_changed(self, step: int, *, alike: bool) -> None:
+        """After `step` ranks have other work than before (see `Detector.work_changed`)."""
+        with self._lock:
+            self._detector.work_changed(step, alike=alike)
+            self._fresh = [v for v in self._fresh if v.kind not in SLOW]
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step, the median of the newest; 0 while unknown."""
+        with self._lock:
+            return self._detector.usual_step_s
 
     def step_times(self, verdict: Verdict) -> tuple[float, float]:
         """Seconds of a step now, and without what a slow verdict names; zeros while unknown."""

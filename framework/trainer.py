@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,6 +40,9 @@ class Feed(Protocol):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """tokens_BT and labels_BT (int64, -100 where ignored) of this rank's data-parallel share of a step (1-based)."""
+
+    def share(self, shares: Sequence[int]) -> None:
+        """From the next batch that is asked for, data-parallel replica i takes `shares[i]` samples; empty: all alike."""
 
     def held_out(self) -> list[tuple[Tensor, Tensor]]:
         """This rank's share of the held-out samples, as batches of equal shape on all ranks."""
@@ -83,7 +86,7 @@ class TrainSettings:
 
     `interval` is how often to snapshot, by what one costs and a step takes, in seconds; 0 steps means never. One is taken
     whenever `durable_every` steps are full, too, for storage. With `max_steps_lost`, training waits rather than be further
-    ahead of the newest protected snapshot. `mfu` is the model FLOPs utilisation of a step of so many seconds, on the rank
+    ahead of the newest protected snapshot. `dp`: how many replicas share the global batch. `mfu` is the model FLOPs utilisation of a step of so many seconds, on the rank
     that reports.
     """
 
@@ -97,6 +100,7 @@ class TrainSettings:
     max_skips: int
     durable_every: int = 0
     max_steps_lost: int | None = None
+    dp: int = 1
     mfu: Callable[[float], float] | None = None
     spike_sigma: float | None = None
 
@@ -131,6 +135,7 @@ class Report:
     corrupt: bool
     snapshot_cost_s: float
     step_time_s: float
+    shares: tuple[int, ...] = ()
 
 
 class Trainer:
@@ -162,6 +167,8 @@ class Trainer:
         self._guard = NumericGuard(spike_sigma=settings.spike_sigma, max_skips=settings.max_skips)
         self._own_loss = 0.0
         self._changed = ""
+        self._shares: tuple[int, ...] = ()  # samples of each replica; empty: all alike
+        self._new_shares: tuple[int, ...] | None = None
         self._stop, self._test, self._want = threading.Event(), threading.Event(), threading.Event()
         self._pass_s = 0.0
         self._last_step_s = 0.0
@@ -183,6 +190,10 @@ class Trainer:
     def request_test(self) -> None:
         """Ask all ranks, through this one, for a pair test at the next step boundary."""
         self._test.set()
+
+    def request_shares(self, shares: Sequence[int]) -> None:
+        """Have all ranks, told through this one alone, share the global batch like this from the next step on; empty: alike."""
+        self._new_shares = tuple(shares)
 
     def run(self, step: int) -> Outcome:
         """Train from `step` optimizer steps taken to `num_steps`. Raises RuntimeError when a collective fails."""
@@ -218,7 +229,9 @@ class Trainer:
             if report.test:
                 self._phase(step, "test")
                 self._test.clear()
-                self._emit({"event": "pair_test", "step": step, **self._pair_test()})
+                testing = time.monotonic()
+                found = self._pair_test()
+                self._emit({"event": "pair_test", "step": step, "took_s": time.monotonic() - testing, **found})
             if report.stop and step < self._settings.num_steps:
                 return Outcome("stopped", step, val_loss)
         return Outcome("finished", step, self._evaluate(step, final=True))
@@ -250,14 +263,18 @@ class Trainer:
             self._want.is_set() or (behind and not defer),  # none is on its way: the last one was given up
             behind,
         )
-        local = [*map(float, said), cost, self._last_step_s]
+        wanted, used = self._new_shares, self._shares
+        local = [*map(float, said), cost, self._last_step_s, *self._as_numbers(wanted)]
         sums = torch.stack([loss.double(), self._engine.grad_square_sum().double()])
         sums = torch.cat([sums, torch.tensor(local, dtype=torch.float64, device=sums.device)])
-        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, changed_sum, want_sum, behind_sum, cost_sum, time_sum = (
+        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, changed_sum, want_sum, behind_sum, cost_sum, time_sum, *told = (
             self._sum(sums).tolist()
         )
         if self._integrity is not None and changed_sum == 0:
             self._integrity.passed()
+        if self._new_shares is wanted:  # else it was asked for anew meanwhile
+            self._new_shares = None
+        self._take_shares(step, told)
         return Report(
             loss=loss_sum / self._settings.tokens_per_step,
             grad_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
@@ -270,7 +287,26 @@ class Trainer:
             corrupt=changed_sum > 0,
             snapshot_cost_s=cost_sum / self._num_ranks,
             step_time_s=time_sum / self._num_ranks,
+            shares=used,
         )
+
+    def _as_numbers(self, shares: tuple[int, ...] | None) -> list[float]:
+        """What this rank adds to the report's sum to have the batch shared so: one rank says it, the others say zeros."""
+        dp = self._settings.dp
+        if dp == 1 or shares is None:
+            return [0.0] * dp
+        return [float(n) for n in shares] if shares else [-1.0] * dp
+
+    def _take_shares(self, step: int, told: Sequence[float]) -> None:
+        """All ranks heard the same at the same step, so all take their next batch accordingly."""
+        shares = tuple(round(n) for n in told if n > 0)
+        if not any(told) or shares == self._shares:
+            return
+        self._shares = shares
+        self._feed.share(shares)
+        each = f"{', '.join(map(str, shares))} samples" if shares else "equally many samples"
+        reason = f"data-parallel replicas take {each} of a global batch from step {step + 1} on"
+        self._emit({"event": "shares", "step": step, "shares": list(shares), "reason": reason})
 
     def _judged(self, step: int, report: Report) -> tuple[Remedy, Report]:
         """Whether a step is to be applied; one that is not believed is computed once more, from the same state.
@@ -414,5 +450,6 @@ class Trainer:
             "step_time_s": self._last_step_s,
             "tokens_per_s": settings.tokens_per_step / self._last_step_s,
             "snapshot_stall_ms": 1e3 * self._stall_s,
+            **({"shares": list(report.shares)} if report.shares else {}),
             **({} if settings.mfu is None else {"mfu": settings.mfu(self._last_step_s)}),
         }

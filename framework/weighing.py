@@ -1,8 +1,10 @@
 """Weighing: what could be done about somebody slow, what each way costs and brings, and which one is ripe.
 
     suspected -> pair test -> not confirmed: nothing, and no new test before the suspicion has lasted four times as long
-                           -> confirmed:     ignore | re-seat | swap | shrink, by ski rental (fault_tolerance/actions.py)
+                           -> confirmed:     ignore | re-balance | re-seat | swap | shrink, by ski rental
+                                             (fault_tolerance/actions.py)
 
+    re-balance the slow replica takes fewer samples, the others more (balancing.py); nobody stops for it
     re-seat    a new process in the same place, where the machine's other ranks are well; once a machine
     swap       a warm spare takes the machine's place, the layout stays
     shrink     the machine is left out, another layout on what is left
@@ -13,9 +15,10 @@ Rule of this file: pure.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fault_tolerance.actions import Action, Option
+from fault_tolerance.balance import Shares
 from fault_tolerance.pairtest import confirmed, judge_compute, judge_ways
 from fault_tolerance.verdict import Kind, Topology, Verdict
 
@@ -31,6 +34,16 @@ class Outlook:
 
     spare: bool
     ratio: float | None
+
+
+@dataclass(slots=True)
+class Tried:
+    """What earlier crews of a run have been through: machines whose slow process was replaced, ways (from, to) that were
+    stuck, and why unequal shares are not to be tried again, if so."""
+
+    reseated: set[str] = field(default_factory=set)
+    stuck: list[tuple[str, str]] = field(default_factory=list)
+    unequal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +67,20 @@ def by_test(
 
 
 def ways_out(
-    verdict: Verdict, topology: Topology, outlook: Outlook, costs: Costs, *, step_s: float, healthy_s: float, reseated: bool
+    verdict: Verdict,
+    topology: Topology,
+    outlook: Outlook,
+    costs: Costs,
+    *,
+    step_s: float,
+    healthy_s: float,
+    reseated: bool,
+    shares: Shares | None = None,
 ) -> list[Option]:
     """The options, IGNORE among them, with their costs and the step time that each leads to."""
     found = [Option(Action.IGNORE, 0.0, step_s)]
+    if shares is not None and shares.samples:  # batches are read again: that much less than a step
+        found.append(Option(Action.REBALANCE, step_s, shares.step_s, shares.reason))
     node = evicted(verdict)
     partly = len(verdict.nodes) == 1 and set(verdict.ranks) < set(topology.ranks_of(node))
     if verdict.kind == Kind.SLOW_COMPUTE and partly and not reseated:

@@ -123,6 +123,11 @@ class Worker:
         if generation == self._generation and self._trainer is not None:
             self._trainer.request_test()
 
+    def request_shares(self, generation: int, shares: list[int]) -> None:
+        """Have replica i take `shares[i]` samples of a global batch from the next step on, all ranks alike; empty: equally many."""
+        if generation == self._generation and self._trainer is not None:
+            self._trainer.request_shares(shares)
+
     def abort(self, generation: int) -> None:
         """Throw this rank out of whatever it waits in; a generation that has not begun here is not begun any more."""
         self._over = max(self._over, generation)
@@ -284,7 +289,7 @@ class Worker:
             faults=faults,
             sum_over_ranks=mesh.sum,
             num_ranks=layout.world,
-            settings=self._settings(feed.held_out_tokens, mfu=self._mfu(plan) if reporter else None),
+            settings=self._settings(feed.held_out_tokens, dp=layout.dp, mfu=self._mfu(plan) if reporter else None),
             emit=lambda item: self._emit(item | {"generation": plan.generation, "layout": str(layout)}, reporter=reporter),
             record=recording,
             reseed=lambda step: seed_streams(config.seed, step, mesh.seat[:2]),
@@ -302,7 +307,7 @@ class Worker:
         finally:
             feed.close()
 
-    def _settings(self, held_out_tokens: int, *, mfu: Callable[[float], float] | None) -> TrainSettings:
+    def _settings(self, held_out_tokens: int, *, dp: int, mfu: Callable[[float], float] | None) -> TrainSettings:
         config = self._config
         every, mtbf_s = config.fault_tolerance.every_steps, config.fault_tolerance.mtbf_hours * 3600
         most = config.fault_tolerance.max_steps_lost
@@ -317,6 +322,7 @@ class Worker:
             max_steps_lost=most,
             max_skips=config.detect.max_skips,
             durable_every=config.fault_tolerance.durable.every_steps,
+            dp=dp,
             mfu=mfu,
             spike_sigma=config.detect.spike_sigma,
         )

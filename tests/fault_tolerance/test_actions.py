@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fault_tolerance.actions import Action, Option, choose, rebalance
+from fault_tolerance.actions import Action, Option, choose
 from fault_tolerance.quarantine import Quarantine
 
 OPTIONS = (
@@ -60,21 +58,9 @@ def test_waiting_for_the_cost_is_at_most_twice_the_best(slow_s, cost_s, lasts_st
     assert lost <= 2 * best + (slow_s - 1.0) + 1e-9
 
 
-@given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=4), st.integers(0, 6))
-def test_rebalancing_is_the_best_of_all_ways_to_deal_out(seconds, more):
-    total = len(seconds) + more
-    ways = (c for c in itertools.product(range(1, total + 1), repeat=len(seconds)) if sum(c) == total)
-    best = min(max(n * s for n, s in zip(c, seconds, strict=True)) for c in ways)
-    counts = rebalance(seconds, total)
-    assert sum(counts) == total and min(counts) >= 1
-    assert max(n * s for n, s in zip(counts, seconds, strict=True)) == pytest.approx(best)
-
-
 def test_bad_numbers_are_refused():
     with pytest.raises(ValueError, match="step times must be positive"):
         choose(OPTIONS, step_s=0.0, healthy_step_s=1.0, steps_left=1, lost_s=0.0)
-    with pytest.raises(ValueError, match="needs 3 microbatches"):
-        rebalance([1.0, 1.0, 1.0], 2)
 
 
 def test_quarantine_ends_and_doubles():

@@ -16,7 +16,7 @@ from framework.incident import Trouble
 from framework.journal import Journal
 from framework.plan import Plan, Seat, Source
 from framework.response import Response
-from framework.weighing import Costs, Outlook
+from framework.weighing import Costs, Outlook, Tried
 from parallel.layout import Layout
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,6 +46,8 @@ class Seen:
         self.fresh: list[Verdict] = []
         self.failure = ""
         self.topology = Topology(PLAN.layout, NODES)
+        self.step_s = 0.3
+        self.changed: list[tuple[int, bool]] = []
 
     def see(self, *verdicts: Verdict) -> None:
         self.fresh += [v for v in verdicts if v not in self.now]
@@ -64,6 +66,10 @@ class Seen:
     def step_times(self, verdict: Verdict) -> tuple[float, float]:
         return 0.3, 0.1
 
+    def work_changed(self, step: int, *, alike: bool) -> None:
+        self.changed.append((step, alike))
+        self.now = ()
+
     def pids(self) -> dict[int, int]:
         return {}
 
@@ -77,7 +83,7 @@ def _no_gauge() -> None:
 class Scene:
     """A response, what it sees, how far the run is, and the tests that were asked for."""
 
-    def __init__(self, directory: Path, **changed: Any) -> None:
+    def __init__(self, directory: Path, global_batch: int = 4, **changed: Any) -> None:
         tree = yaml.safe_load((CONFIGS / "train.yaml").read_text())
         tree = {key: item for key, item in tree.items() if key not in ("defaults", "hydra")} | {"run_dir": str(directory)}
         groups = {"model": "tiny", "data": "synthetic", "optim": "adamw", "layout": "default", "cluster": "local"}
@@ -85,12 +91,15 @@ class Scene:
             tree[group] = yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text())
         tree["monitor"] |= {"wandb": "disabled"}
         tree["detect"] |= changed
+        tree["optim"] |= {"global_batch": global_batch}
         self.directory, self.seen, self.asked = directory, Seen(), 0
+        self.shares: list[tuple[int, ...]] = []
         config = decode(tree)
         self.journal = Journal(config, "r", gauge=_no_gauge)
         self.response = Response(
             config, self.journal, PLAN, {}, sentinel=self.seen, request_test=self._ask,  # type: ignore[arg-type]
-            without=lambda node: Outlook(spare=True, ratio=1.0), costs=Costs(2.0, 8.0), reseated=set(), stuck=[],
+            without=lambda node: Outlook(spare=True, ratio=1.0), costs=Costs(2.0, 8.0), tried=Tried(),
+            request_shares=lambda shares: self.shares.append(tuple(shares)),
         )  # fmt: skip
 
     def _ask(self) -> None:
@@ -132,7 +141,7 @@ def test_a_way_that_is_stuck_gets_neither_end_killed(scene: Callable[..., Scene]
 def test_a_machine_whose_ways_keep_being_stuck_is_left_out(scene: Callable[..., Scene]) -> None:
     """A direction that was dropped between two hosts hung every new crew in the same place, until the run gave up."""
     at = scene()
-    at.response._stuck += [("n1", "n3"), ("n2", "n1")]
+    at.response._tried.stuck += [("n1", "n3"), ("n2", "n1")]
     at.seen.see(Verdict(Kind.LINK_HANG, (0, 1), ("n0", "n1"), "stuck", link=(0, 1)))
     trouble = at.response.look()
     assert trouble is not None and (trouble.ranks, trouble.nodes, trouble.remedy) == ((), ("n1",), "swap")
@@ -164,7 +173,81 @@ def test_who_is_slow_and_proved_so_is_replaced_when_as_much_is_lost_as_it_costs(
     assert trouble is not None and (trouble.kind, trouble.nodes, trouble.remedy) == ("slow_compute", ("n2",), "swap")
     assert trouble.planned
     last = at.verdicts()[-1]
-    assert last["action"] == "swap" and len(last["comparison"]) == 2
+    assert last["action"] == "swap" and len(last["comparison"]) == 3
+    assert last["comparison"][-1] == "rebalance: no, each replica has one row a microbatch (4 samples, dp 4, 1 microbatches)"
+
+
+def balanced(scene: Callable[..., Scene], **given: Any) -> Scene:
+    """A crew of four replicas that share 32 samples unequally from step 18 on, for rank 2 is slow."""
+    at = scene(global_batch=32, **given)
+    at.reach(16)
+    at.seen.see(SLOW)
+    at.response.look()
+    at.test(16, [0.01, 0.01, 0.03, 0.01])
+    assert at.response.look() is None
+    assert at.shares == [(10, 10, 3, 9)] and at.verdicts()[-1]["action"] == "rebalance"
+    [said] = at.response.heard([{"event": "shares", "step": 17, "shares": [10, 10, 3, 9], "reason": "replicas take"}])
+    assert said["before_s"] == 0.3 and said["expected_s"] < 0.2 and at.seen.changed == [(17, False)]
+    at.seen.step_s = 0.15
+    return at
+
+
+def test_a_slow_replica_takes_fewer_samples_before_anything_dearer_is_done(scene: Callable[..., Scene]) -> None:
+    at = balanced(scene)
+    at.reach(30)
+    assert at.response.look() is None
+    [told] = [e for e in run_dir.events(at.directory) if e["kind"] == "shares"]
+    assert told["after_s"] == 0.15 and told["shares"] == [10, 10, 3, 9]
+    assert [e["action"] for e in at.verdicts()] == ["test", "rebalance"]
+
+
+def test_unequal_shares_end_when_the_pair_test_finds_nobody_slow_any_more(scene: Callable[..., Scene]) -> None:
+    at = balanced(scene)
+    at.reach(30)
+    at.response.look()
+    at.reach(60)
+    at.response.look()
+    assert at.asked == 2
+    at.test(60, [0.01, 0.01, 0.03, 0.01])
+    assert at.shares[1:] == []
+    at.test(61, [0.01, 0.01, 0.01, 0.01])
+    assert at.shares[1:] == [()]
+    [said] = at.response.heard([{"event": "shares", "step": 62, "shares": [], "reason": "alike"}])
+    assert "rank 2 is not slow any more" in said["reason"] and at.seen.changed[-1] == (62, True)
+    at.seen.see(SLOW)
+    at.response.look()
+    assert at.asked == 3  # and if it is again, it is tested again
+
+
+def test_shares_that_do_not_help_are_taken_back_and_not_tried_again(scene: Callable[..., Scene]) -> None:
+    at = balanced(scene)
+    at.seen.step_s = 0.31
+    at.reach(30)
+    at.response.look()
+    assert at.shares[1:] == [()] and "does not help" in at.response._tried.unequal
+    at.response.heard([{"event": "shares", "step": 31, "shares": [], "reason": "alike"}])
+    at.seen.see(SLOW)
+    at.response.look()
+    at.test(32, [0.01, 0.01, 0.03, 0.01])
+    at.response.look()
+    assert at.shares[1:] == [()]
+    assert any("does not help" in line for line in at.verdicts()[-1]["comparison"])
+
+
+def test_what_is_dearer_than_unequal_shares_comes_when_it_pays(scene: Callable[..., Scene]) -> None:
+    at = balanced(scene)
+    at.reach(30)
+    assert at.response.look() is None
+    at.reach(90)
+    at.response._cases[SLOW.key].weigh_at_s = 0.0
+    trouble = at.response.look()
+    assert trouble is not None and trouble.remedy == "swap"
+
+
+def test_a_rank_that_runs_out_of_memory_with_a_larger_share_keeps_to_equal_ones(scene: Callable[..., Scene]) -> None:
+    at = balanced(scene)
+    at.response.explained(Trouble("crash", (0,), ("n0",), "OutOfMemoryError: CUDA out of memory", 20, 0.0))
+    assert "out of memory" in at.response._tried.unequal
 
 
 def test_an_observer_names_and_does_nothing(scene: Callable[..., Scene]) -> None:
