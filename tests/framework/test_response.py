@@ -238,7 +238,7 @@ def test_what_is_dearer_than_unequal_shares_comes_when_it_pays(scene: Callable[.
     at = balanced(scene)
     at.reach(30)
     assert at.response.look() is None
-    at.reach(90)
+    at.reach(50)
     at.response._cases[SLOW.key].weigh_at_s = 0.0
     trouble = at.response.look()
     assert trouble is not None and trouble.remedy == "swap"
