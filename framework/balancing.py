@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from fault_tolerance.balance import Shares, balanced
+from fault_tolerance.balance import LEAST_GAIN, Shares, balanced
 from fault_tolerance.verdict import Verdict
 from framework.config import Config
 from parallel.layout import Layout
@@ -90,7 +90,7 @@ class Balancing:
     def _settled(self, step_s: float) -> Due:
         self.after_s = step_s
         said = f"steps take {step_s:.3f} s with these shares, {self.before_s:.3f} s before, {self.shares.step_s:.3f} s expected"
-        if step_s < self.before_s:
+        if step_s <= (1 - LEAST_GAIN / 2) * self.before_s:
             self.why = said
             return Due.TELL
         self.helped = False
