@@ -113,6 +113,14 @@ class Detector:
         recent = [span.duration_s for span in list(known.values())[-self.settings.rule.window :]]
         return statistics.median(recent) if recent else 0.0
 
+    def computing_s(self) -> dict[int, float]:
+        """Each rank's own time in a step, the median of the newest window; empty until there is one of all ranks."""
+        window = self.settings.rule.window
+        own = {rank: [s.own_s for _, s in sorted(self._judgeable(rank).items())[-window:]] for rank in self.rings}
+        if not own or any(len(values) < window for values in own.values()):
+            return {}
+        return {rank: statistics.median(values) for rank, values in own.items()}
+
     def step_times(self, verdict: Verdict) -> tuple[float, float]:
         """(seconds of a step now, seconds it would take without what a slow verdict names)."""
         window = self.settings.rule.window

@@ -14,21 +14,22 @@ from fault_tolerance.verdict import Verdict
 from framework.balancing import Balancing, Due
 from framework.journal import Journal
 from framework.sentinel import Sentinel
-from framework.weighing import Tried, by_test
+from framework.weighing import Tried
 
 
 class Balancer:
     """One crew's shares. `now` is the stretch of unequal ones that is under way; `request(shares)` reaches all ranks, empty: alike."""
 
     def __init__(
-        self, journal: Journal, sentinel: Sentinel, *, request: Callable[[Sequence[int]], None], test: Callable[[], None], tried: Tried
+        self, journal: Journal, sentinel: Sentinel, *, request: Callable[[Sequence[int]], None], tried: Tried
     ) -> None:
-        self._journal, self._sentinel, self._request, self._test, self._tried = journal, sentinel, request, test, tried
+        self._journal, self._sentinel, self._request, self._tried = journal, sentinel, request, tried
         self.now: Balancing | None = None
 
     def begin(self, verdict: Verdict, shares: Shares, *, before_s: float, healthy_s: float) -> None:
         """Have the replicas take these shares, for somebody is slow."""
-        self.now = Balancing(verdict, shares, before_s, healthy_s, time.monotonic())
+        longest_s = max(self._sentinel.computing_s().values(), default=before_s)
+        self.now = Balancing(verdict, shares, before_s, healthy_s, longest_s, time.monotonic())
         self._request(shares.samples)
 
     def times(self, verdict: Verdict) -> tuple[float, float] | None:
@@ -51,37 +52,23 @@ class Balancer:
         if now is None:
             return item, None
         if shares:
-            now.taken(step, time.monotonic())
+            now.since = step
             why = f"a step of {now.before_s:.3f} s should take {now.shares.step_s:.3f} s"
             return {**item, "reason": f"{item['reason']}; {why}", "before_s": now.before_s, "expected_s": now.shares.step_s}, None
         self.now = None
         return {**item, "reason": f"{item['reason']}; {now.why}"}, now.verdict
-
-    def tested(self, item: Mapping[str, Any]) -> None:
-        """A pair test's figures."""
-        now = self.now
-        if now is None or now.since is None or now.ending:
-            return
-        found = by_test(now.verdict, item["compute"], item["ways"], self._sentinel.topology)
-        if now.tested(found, float(item.get("took_s", 0.0)), time.monotonic()) is Due.ALIKE:
-            self._end(now)
 
     def look(self) -> None:
         """Do what is due."""
         now = self.now
         if now is None:
             return
-        match now.look(self._journal.reached, self._sentinel.step_s, time.monotonic()):
+        match now.look(self._journal.reached, self._sentinel.computing_s(), self._sentinel.step_s, time.monotonic()):
             case Due.ASK:
                 self._request(() if now.ending else now.shares.samples)
             case Due.TELL:
                 self._journal.event("shares", reason=now.why, shares=list(now.shares.samples), after_s=now.after_s)
-            case Due.TEST:
-                self._test()
             case Due.ALIKE:
-                self._end(now)
-
-    def _end(self, now: Balancing) -> None:
-        if not now.helped:
-            self._tried.unequal = now.why
-        self._request(())
+                if not now.helped:
+                    self._tried.unequal[now.verdict.nodes[-1]] = now.why
+                self._request(())

@@ -1,18 +1,19 @@
 """Balancing: a crew whose replicas take unequal shares because one is slow: whether that helps, and how long it is to last.
 
-    asked for -> taken by all ranks at one step -> shorter steps than before?        no: alike again, and not tried again
-                                                -> now and then a pair test: still so slow?         no: alike again
-                                                -> longer steps once more:      alike again, and whoever it is is named anew
+    asked for -> taken by all ranks at one step -> does whoever computes longest compute less?   no: alike again, for good
+                                                -> the slow one needs clearly less than since then: alike again
+                                                -> somebody needs clearly more:                     alike again
 
-While work is unequal nobody can be called slow for how long he computes; the pair test, whose work is equal, takes that over.
+While work is unequal nobody is called slow for computing longer than others; every rank is compared with itself, at the shares
+it has. Alike again, whoever is still slow, or slow otherwise, is named anew within a few steps.
 
-Rule of this file: it is told what is seen, and says what is due. `response.py` asks the ranks and tells people.
+Rule of this file: it is told what is seen, and says what is due. `balancer.py` asks the ranks and tells people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 from fault_tolerance.balance import LEAST_GAIN, Shares, balanced
@@ -20,10 +21,8 @@ from fault_tolerance.verdict import Verdict
 from framework.config import Config
 from parallel.layout import Layout
 
-SETTLE_STEPS = 8  # until the length of a step is known
-TEST_STEPS, TEST_SHARE = 40, 0.02  # between two pair tests at least, and how much of the time they may take
-LONGER = 1.25  # times the step that was reached: something else has happened
-LESS_SLOW = 0.7  # times as slow as before: other shares would do better
+HOLD_STEPS = 8  # so long a change must last
+MORE, LESS = 1.25, 0.75  # times what a rank computed when shares had become unequal
 ASK_AGAIN_S = 30.0
 
 
@@ -33,76 +32,68 @@ class Due(Enum):
     NOTHING = 0
     ASK = 1  # the request was lost
     TELL = 2  # what came of it
-    TEST = 3
-    ALIKE = 4
+    ALIKE = 3
 
 
 @dataclass(slots=True)
 class Balancing:
-    """One stretch of unequal shares. `before_s`: a step before; `healthy_s`: one if nobody were slow. `why` tells of what is due."""
+    """One stretch of unequal shares. `before_s`: a step before, in which the slowest rank computed for `longest_s`; `healthy_s`:
+    one if nobody were slow; `after_s`: one with these shares, 0 while unknown. `why` tells of what is due.
+    """
 
     verdict: Verdict
     shares: Shares
     before_s: float
     healthy_s: float
+    longest_s: float
     asked_s: float
     since: int | None = None
     after_s: float = 0.0
     helped: bool = True
     ending: bool = False
     why: str = ""
-    longer: int = 0
-    test_step: int = 0
-    test_s: float = 0.0
+    usual: dict[int, float] = field(default_factory=dict)
+    changed: int | None = None
 
-    def taken(self, step: int, now_s: float) -> None:
-        """All ranks take these shares from the step after this one on."""
-        self.since, self.test_step, self.test_s = step, step + TEST_STEPS, now_s
-
-    def look(self, step: int, step_s: float, now_s: float) -> Due:
-        """What is due at a step, with steps that take so long now."""
+    def look(self, step: int, computing_s: Mapping[int, float], step_s: float, now_s: float) -> Due:
+        """What is due at a step: `computing_s` is how long ranks compute in a step by now, without anybody until that is known."""
         if self.since is None or self.ending:
             if now_s - self.asked_s < ASK_AGAIN_S:
                 return Due.NOTHING
             self.asked_s = now_s
             return Due.ASK
-        if step - self.since < SETTLE_STEPS or step_s <= 0:
+        if not computing_s:
             return Due.NOTHING
-        if not self.after_s:
-            return self._settled(step_s)
-        if self._longer(step, step_s):
-            return self._over(f"steps take {step_s:.3f} s, after {self.after_s:.3f} s with these shares: something else is slow", now_s)
-        if step < self.test_step or now_s < self.test_s:
+        if not self.usual:
+            return self._settled(computing_s, step_s, now_s)
+        why = self._change(computing_s)
+        self.changed = None if not why else step if self.changed is None else self.changed
+        if self.changed is None or step - self.changed < HOLD_STEPS:
             return Due.NOTHING
-        self.test_step, self.test_s = step + TEST_STEPS, now_s + ASK_AGAIN_S
-        return Due.TEST
+        return self._over(why, now_s)
 
-    def tested(self, found: Verdict | None, took_s: float, now_s: float) -> Due:
-        """What follows from a pair test, whose own verdict on the slow one is `found`."""
-        self.test_s = now_s + took_s / TEST_SHARE
-        rank = ", ".join(map(str, self.verdict.ranks))
-        if found is None:
-            return self._over(f"rank {rank} is not slow any more, says the pair test", now_s)
-        if found.severity - 1 < LESS_SLOW * (self.verdict.severity - 1):
-            return self._over(f"rank {rank} is {found.severity:.2f} times as slow now, after {self.verdict.severity:.2f}", now_s)
-        return Due.NOTHING
-
-    def _settled(self, step_s: float) -> Due:
-        self.after_s = step_s
-        said = f"steps take {step_s:.3f} s with these shares, {self.before_s:.3f} s before, {self.shares.step_s:.3f} s expected"
-        if step_s <= (1 - LEAST_GAIN / 2) * self.before_s:
-            self.why = said
+    def _settled(self, computing_s: Mapping[int, float], step_s: float, now_s: float) -> Due:
+        self.usual, longest_s = dict(computing_s), max(computing_s.values())
+        self.after_s = max(self.before_s - self.longest_s + longest_s, self.healthy_s)
+        self.why = (
+            f"the longest that a rank computes is {longest_s:.3f} s a step with these shares, {self.longest_s:.3f} s before;"
+            f" steps take {step_s:.3f} s, {self.before_s:.3f} s before, {self.shares.step_s:.3f} s expected"
+        )
+        if longest_s <= (1 - LEAST_GAIN) * self.longest_s:
             return Due.TELL
         self.helped = False
-        return self._over(f"{said}: it does not help", self.asked_s)
+        return self._over(f"{self.why}: it does not help", now_s)
 
-    def _longer(self, step: int, step_s: float) -> bool:
-        """Longer for so many steps that it is no hiccup. Counted from the first look at which it was so."""
-        if step_s <= LONGER * self.after_s:
-            self.longer = 0
-            return False
-        self.longer = self.longer or step
-        return step - self.longer >= SETTLE_STEPS
+    def _change(self, computing_s: Mapping[int, float]) -> str:
+        """What is not as it was when shares had become unequal, or nothing."""
+        times = {rank: seconds / self.usual[rank] for rank, seconds in computing_s.items() if self.usual.get(rank)}
+        slow = [times[rank] for rank in self.verdict.ranks if rank in times]
+        if slow and max(slow) < LESS:
+            return f"rank {', '.join(map(str, self.verdict.ranks))} computes {max(slow):.2f} times as long as with these shares at first"
+        worst = max(times, key=lambda rank: times[rank], default=-1)
+        if worst >= 0 and times[worst] > MORE:
+            return f"rank {worst} computes {times[worst]:.2f} times as long as with these shares at first"
+        return ""
 
     def _over(self, why: str, now_s: float) -> Due:
         self.ending, self.why, self.asked_s = True, why, now_s

@@ -79,7 +79,7 @@ class Response:
     ) -> None:
         self._config, self._journal, self._plan, self._agents = config, journal, plan, agents
         self._request_test, self._without, self._costs, self._tried = request_test, without, costs, tried
-        self._balancer = Balancer(journal, sentinel, request=request_shares, test=request_test, tried=tried)
+        self._balancer = Balancer(journal, sentinel, request=request_shares, tried=tried)
         self._cases: dict[tuple[object, ...], Case] = {}
         self._sentinel = sentinel
         self._logs = LogWatch(journal.logs, plan)
@@ -117,7 +117,6 @@ class Response:
             if item.get("event") != "pair_test":
                 rest.append(self._shared(item) if item.get("event") == "shares" else item)
                 continue
-            self._balancer.tested(item)
             for verdict in self._sentinel.active():
                 case = self._cases.get(verdict.key)
                 if case is not None and case.asked_s is not None:
@@ -127,7 +126,7 @@ class Response:
     def explained(self, trouble: Trouble) -> Trouble:
         """The trouble, with what the records add: who is at fault where nobody was named, and what it was doing."""
         if self._balancer.now is not None and "out of memory" in trouble.evidence.lower():
-            self._tried.unequal = f"a rank ran out of memory with unequal shares at step {trouble.step}"
+            self._tried.unequal[""] = f"a rank ran out of memory with unequal shares at step {trouble.step}"
         found = self._sentinel.explain() if trouble.kind in UNEXPLAINED else []
         named = next((v for v in found if v.kind in TROUBLE and (not trouble.ranks or set(v.ranks) & set(trouble.ranks))), None)
         if named is not None and not trouble.ranks and not trouble.nodes:
@@ -218,8 +217,8 @@ class Response:
         """The shares that would suit; None where there is no question of any: a slow way, or they are unequal already."""
         if verdict.kind != Kind.SLOW_COMPUTE or self._balancer.now is not None:
             return None
-        if self._tried.unequal:
-            return Shares((), step_s, self._tried.unequal)
+        if why := self._tried.unequal.get(verdict.nodes[-1]) or self._tried.unequal.get(""):
+            return Shares((), step_s, why)
         known = [v for v in self._sentinel.active() if (c := self._cases.get(v.key)) and c.confirmed and v.kind == verdict.kind]
         return relief(
             self._config, self._plan.layout, self._plan.num_microbatches, known or [verdict], step_s=step_s, healthy_s=healthy_s

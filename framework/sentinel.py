@@ -117,6 +117,11 @@ class Sentinel:
             self._detector.work_changed(step, alike=alike)
             self._fresh = [v for v in self._fresh if v.kind not in SLOW]
 
+    def computing_s(self) -> dict[int, float]:
+        """Seconds that each rank computes in a step, waiting for nobody: the median of the newest; empty while unknown."""
+        with self._lock:
+            return self._detector.computing_s()
+
     @property
     def step_s(self) -> float:
         """Seconds of a step, the median of the newest; 0 while unknown."""

@@ -229,9 +229,7 @@ class Trainer:
             if report.test:
                 self._phase(step, "test")
                 self._test.clear()
-                testing = time.monotonic()
-                found = self._pair_test()
-                self._emit({"event": "pair_test", "step": step, "took_s": time.monotonic() - testing, **found})
+                self._emit({"event": "pair_test", "step": step, **self._pair_test()})
             if report.stop and step < self._settings.num_steps:
                 return Outcome("stopped", step, val_loss)
         return Outcome("finished", step, self._evaluate(step, final=True))

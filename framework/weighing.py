@@ -39,11 +39,11 @@ class Outlook:
 @dataclass(slots=True)
 class Tried:
     """What earlier crews of a run have been through: machines whose slow process was replaced, ways (from, to) that were
-    stuck, and why unequal shares are not to be tried again, if so."""
+    stuck, and why unequal shares are not to be tried again for a machine (or, under "", for any)."""
 
     reseated: set[str] = field(default_factory=set)
     stuck: list[tuple[str, str]] = field(default_factory=list)
-    unequal: str = ""
+    unequal: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
