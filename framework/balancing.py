@@ -22,7 +22,8 @@ from framework.config import Config
 from parallel.layout import Layout
 
 HOLD_STEPS = 8  # so long a change must last
-MORE, LESS = 1.25, 0.75  # times what a rank computed when shares had become unequal
+LESS = 0.75  # times what the slow one computed when shares had become unequal
+MORE = 1.25  # times what the longest then was
 ASK_AGAIN_S = 30.0
 
 
@@ -90,9 +91,9 @@ class Balancing:
         slow = [times[rank] for rank in self.verdict.ranks if rank in times]
         if slow and max(slow) < LESS:
             return f"rank {', '.join(map(str, self.verdict.ranks))} computes {max(slow):.2f} times as long as with these shares at first"
-        worst = max(times, key=lambda rank: times[rank], default=-1)
-        if worst >= 0 and times[worst] > MORE:
-            return f"rank {worst} computes {times[worst]:.2f} times as long as with these shares at first"
+        worst = max(computing_s, key=lambda rank: computing_s[rank])
+        if computing_s[worst] > MORE * max(self.usual.values()):
+            return f"rank {worst} computes {computing_s[worst] / self.usual[worst]:.2f} times as long as with these shares at first"
         return ""
 
     def _over(self, why: str, now_s: float) -> Due:

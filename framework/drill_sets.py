@@ -205,6 +205,13 @@ DRILLS = (
         ("{step: 8, kind: flip_bit, rank: 2}",),
         verdict=("corrupt", 2),
     ),
+    Drill(
+        "balance",
+        "a worker needs three times as long for everything; its replica takes fewer samples",
+        (*FEW, "data.seq_len=256", "optim.global_batch=32", "optim.num_steps=70", "cluster.min_nodes=4"),
+        ("{step: 16, kind: slow_worker, rank: 1, severity: 3}",),
+        shares=True,
+    ),
     Drill("raise", "a worker raises an error", BASE, (_fault(7, "raise", "optimizer", rank=2),)),
     Drill(
         "phases",

@@ -4,17 +4,19 @@
     lost        no incident lost more steps than lie between two snapshots; one that could be prepared for lost none
     status      the run finished, and so did its twin; or it ended with the exit code and the last word that fit its fault
     verdict     what happened and to which rank was said, where the drill is about that
+    shares      a slow replica took fewer samples than the others, where the drill is about that
     clean       no process, no temporary file and no shared memory is left of it
     times       what an incident tells of its own times is what the clock says
     losses      each step's loss within 1e-5 (relative) of the twin's; the held-out loss too
     incidents   what had to happen did, in this order; the same of machines that came and went
-    state       the same bytes where the layout never changed, else every tensor within 1e-4 of the twin's
+    state       the same bytes where layout and shares never changed, else every tensor within 1e-4 of the twin's
 
 Rule of this file: pure, but for reading two run directories and their last checkpoints. It starts nothing.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,7 @@ class Drill:
     lost: int | None = None
     tier: str = ""
     verdict: tuple[str, int] | None = None  # the cause and the rank that an event must name
+    shares: bool = False  # whether replicas must have taken unequal ones
     loose: bool = False
 
 
@@ -116,14 +119,16 @@ def checks(
     if drill is not None:
         yield from _happened(drill, incidents, run)
     yield _losses(rows, expected)
-    same_layout = {row["layout"] for row in rows} == {row["layout"] for row in expected}
-    if same_layout:
+    ways, usual = ({(row["layout"], str(row.get("shares"))) for row in told} for told in (rows, expected))
+    if ways == usual:
         equal = summary.get("state_sha256") == other.get("state_sha256") is not None
         yield Check("state", equal, f"sha256 {str(summary.get('state_sha256'))[:16]} and {str(other.get('state_sha256'))[:16]}")
     else:
         yield _state(run, twin)
     if drill is not None and drill.verdict is not None:
         yield _named(run, drill.verdict)
+    if drill is not None and drill.shares:
+        yield _shared(rows, expected)
 
 
 def _lost(incidents: Sequence[Mapping[str, Any]], every_steps: int, durable_steps: int) -> Check:
@@ -154,6 +159,16 @@ def _named(run: str | Path, verdict: tuple[str, int]) -> Check:
     said = [(str(e["cause"]), *e["ranks"]) for e in run_dir.events(run) if e["kind"] == "verdict" and e["ranks"]]
     told = ", ".join(f"{cause} of rank {' '.join(map(str, ranks))}" for cause, *ranks in dict.fromkeys(said)) or "nobody"
     return Check("verdict", set(said) == {verdict}, f"named: {told}; to be named: {verdict[0]} of rank {verdict[1]}")
+
+
+def _shared(rows: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> Check:
+    """Unequal shares, whole batches all the same; what came of it is told and not judged, for a busy machine's clock says little."""
+    shared = [row for row in rows if row.get("shares")]
+    whole = all(sum(row["shares"]) == row["samples"][1] - row["samples"][0] + 1 for row in shared)
+    ways = "; ".join(dict.fromkeys(", ".join(map(str, row["shares"])) for row in shared)) or "none but equal ones"
+    others = [row for row in rows if not row.get("shares")]
+    times = [f"{statistics.median(r['step_time_s'] for r in told):.2f}" for told in (expected, others, shared) if told]
+    return Check("shares", bool(shared) and whole, f"{ways}; seconds a step, twin, equal, unequal: {', '.join(times)}")
 
 
 def _in_order(wanted: Sequence[str], seen: Sequence[str]) -> bool:
