@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from framework.batching import IGNORED, Loader, places, share, tokens_labels
+from framework.batching import IGNORED, Loader, places, share, tokens_labels, unequal
 from framework.data import build
 from framework.windows import Data
 
@@ -50,6 +50,25 @@ def test_every_sample_is_taken_once_and_all_replicas_have_equally_many_places(
 def test_the_drawing() -> None:
     shares = [share(first_sample=0, global_batch=10, dp=3, dp_index=i, num_microbatches=2) for i in range(3)]
     assert shares == [[0, 1, 2, None], [3, 4, 5, None], [6, 7, 8, 9]]
+
+
+@given(st.integers(0, 10**12), st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 8))
+def test_unequal_shares_take_every_sample_once_and_fill_no_more_than_their_last_row(first: int, shares: list[int], m: int) -> None:
+    parts = [unequal(first_sample=first, shares=shares, dp_index=i, num_microbatches=m) for i in range(len(shares))]
+    assert [i for part in parts for i in part if i is not None] == list(range(first, first + sum(shares)))
+    assert all(len(part) % m == 0 and len(part) - taken < m for part, taken in zip(parts, shares, strict=True))
+
+
+def test_shares_change_from_the_next_batch_on_and_back_though_it_was_made_already(data: Data) -> None:
+    one, other = loader(data, dp=2), loader(data, dp=2, dp_index=1)
+    with one, other, loader(data) as whole:
+        for step, shares in ((1, ()), (2, (7, 3)), (3, (7, 3)), (4, ())):
+            if step in (2, 4):
+                one.share(shares)
+                other.share(shares)
+            parts = [feed.batch(step)[0] for feed in (one, other)]
+            assert [len(part) for part in parts] == list(shares or (5, 5))
+            assert torch.equal(torch.cat(parts), whole.batch(step)[0])
 
 
 def test_labels_are_the_tokens_one_further_and_dummies_do_not_count(data: Data) -> None:

@@ -20,7 +20,8 @@ def written(path: Path, *, losses: list[float], layout: str = "2x2x2", sha: str 
     directory = RunDir(path)
     for step, loss in enumerate(losses, 1):
         first = (step - 1) * 4 + (1 if step == more.get("gap_at") else 0)
-        directory.metric({"step": step, "loss": loss, "samples": [first, step * 4 - 1], "layout": layout})
+        row = {"step": step, "loss": loss, "samples": [first, step * 4 - 1], "layout": layout, "step_time_s": 0.1}
+        directory.metric(row | ({"shares": more["shares"]} if step > 1 and "shares" in more else {}))
     incidents = [{"steps_lost": lost, "tier": more.get("tier", "local"), "kind": "crash", "detected_at": 0.0}] if lost else []
     status = {"status": more.get("status", "finished"), "reason": more.get("reason", "")}
     directory.write_summary(status | {"state_sha256": sha, "incidents": incidents})
@@ -155,6 +156,14 @@ def test_what_a_drill_wants_to_happen_must_have_happened_in_its_order(
     run, twin = told(tmp_path / "a", *causes, **incident), written(tmp_path / "b", losses=[3.0, 2.0, 1.0])
     failed = [check.what for check in checks(run, twin, every_steps=2, drill=DRILL) if not check.held]
     assert failed == ([] if what == "none" else [what])
+
+
+@pytest.mark.parametrize(("more", "held"), [({"shares": [3, 1]}, True), ({}, False), ({"shares": [3, 2]}, False)])
+def test_a_drill_of_unequal_shares_wants_them_taken_and_the_batch_whole(tmp_path: Path, more: dict[str, Any], held: bool) -> None:
+    run = written(tmp_path / "a", losses=[3.0, 2.0], **more)
+    twin = written(tmp_path / "b", losses=[3.0, 2.0])
+    found = {c.what: c for c in checks(run, twin, every_steps=2, drill=Drill("x", "", (), shares=True))}
+    assert found["shares"].held is held
 
 
 def test_an_incident_that_was_prepared_for_may_lose_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,3 +145,21 @@ def test_a_snapshot_that_was_given_up_is_taken_again_as_soon_as_all_ranks_know()
     seen, vaults = lags(every=4, most=4, takes=0, fails=frozenset({20}))
     assert max(seen) == 6, "the step under way when it was given up, and the one in which the ranks tell each other"
     assert vaults.begun[5:8] == [20, 22, 26] and max(seen[22:]) == 4
+
+
+def test_all_ranks_share_the_batch_as_one_of_them_was_told() -> None:
+    """What one rank knows reaches all in the sum of the report, so that they change at the same step."""
+    ranks, said = [], []
+    for _ in range(2):
+        heard: list[tuple[int, ...]] = []
+        one = trainer(every=0, feed=SimpleNamespace(share=lambda shares, heard=heard: heard.append(tuple(shares))), emit=said.append)
+        one._settings = replace(one._settings, dp=3)
+        ranks.append((one, heard))
+    for step, wanted in ((1, None), (2, (3, 1, 2)), (3, None), (4, (3, 1, 2)), (5, ())):
+        told = ranks[0][0]._as_numbers(wanted)
+        summed = [a + b for a, b in zip(told, ranks[1][0]._as_numbers(None), strict=True)]
+        for one, _ in ranks:
+            one._take_shares(step, summed)
+    assert [heard for _, heard in ranks] == [[(3, 1, 2), ()]] * 2
+    assert [(item["step"], item["shares"]) for item in said[::2]] == [(2, [3, 1, 2]), (5, [])]
+    assert "equally many samples of a global batch from step 6 on" in said[-1]["reason"]
