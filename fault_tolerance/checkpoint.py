@@ -26,7 +26,7 @@ import numpy as np
 from fault_tolerance.buffers import Array, array_view, item_bytes
 from fault_tolerance.digest import StateHasher
 from fault_tolerance.index import Index, ShardEntry, check_tiling, dump, load
-from fault_tolerance.loading import load_group
+from fault_tolerance.loading import Target, load_group
 from fault_tolerance.reads import groups, needed_bytes, plan_reads
 from fault_tolerance.storage import Storage, StorageError, open_storage
 from fault_tolerance.verify import Damage, DamageError, verify_shard
@@ -112,13 +112,13 @@ class Checkpoint:
         ValueError for a piece that is not in the checkpoint or a buffer that does not fit; buffers are then undefined.
         """
         reads = plan_reads(self.index, wanted)
-        arrays = {
-            piece: array_view(buffer, self.index.by_name[piece.tensor].dtype, piece.box.shape, where=f"load {piece}")
+        targets = {
+            piece: Target(array_view(buffer, self.index.by_name[piece.tensor].dtype, piece.box.shape, where=f"load {piece}"))
             for piece, buffer in wanted.items()
         }
         workers = threads if threads is not None else min(4, os.cpu_count() or 1) if self._storage.local else 16
         with ThreadPoolExecutor(workers) as pool:
-            loads = list(pool.map(lambda group: load_group(self._storage, group, arrays), groups(reads)))
+            loads = list(pool.map(lambda group: load_group(self._storage, group, targets), groups(reads)))
         damages = [damage for load in loads for damage in load.damages]
         if damages:
             raise DamageError(damages)

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from fault_tolerance.digest_kernel import DIGEST, Kernel
 from parallel.boxes import Box
+from parallel.native import TakenUp
 
 Words = NDArray[np.uint64]
 
@@ -89,13 +90,6 @@ def _seed(name: str, dim: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{dim} {name}".encode(), digest_size=8).digest(), "little")
 
 
-def fast() -> Kernel | None:
-    """The kernel, once it is built and has shown that it computes what numpy does."""
-    if "kernel" not in _loaded and DIGEST.path().exists():
-        _loaded["kernel"] = believed(DIGEST.path())
-    return _loaded.get("kernel")
-
-
 def believed(path: Path) -> Kernel | None:
     """A library, if it can be loaded and computes what numpy does."""
     try:
@@ -114,7 +108,7 @@ def believed(path: Path) -> Kernel | None:
     return kernel
 
 
-_loaded: dict[str, Kernel | None] = {}
+fast = TakenUp(DIGEST, believed)
 
 
 def combine(a: int, b: int) -> int:

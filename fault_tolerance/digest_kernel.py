@@ -12,9 +12,6 @@ Rule of this file: it loads and calls. Whether the library is to be believed, `d
 from __future__ import annotations
 
 import ctypes
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +19,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from parallel.native import BuildError, Native
+from parallel.native import c_library
 
 SOURCE = Path(__file__).with_name("digest.c")
-FLAGS = ("-O3", "-shared", "-fPIC")
 
 
 class Kernel:
@@ -44,22 +40,7 @@ class Kernel:
         return int(self._digest(bits.__array_interface__["data"][0], bits.itemsize, bits.ndim, *box))
 
 
-def _depends() -> str:
-    return " ".join((SOURCE.read_text(), platform.machine(), *platform.libc_ver(), *FLAGS))
-
-
-def _compile(folder: Path) -> None:
-    compiler = os.environ.get("CC", "cc")
-    command = [compiler, *FLAGS, str(SOURCE), "-o", str(folder / DIGEST.file)]
-    try:
-        subprocess.run(command, capture_output=True, text=True, check=True)
-    except OSError as error:
-        raise BuildError(f"digest: needs a C compiler, got {error}; install gcc or set CC") from error
-    except subprocess.CalledProcessError as error:
-        raise BuildError(f"digest: {compiler} must compile digest.c, got an error: {error.stderr}") from error
-
-
-DIGEST = Native("digest", "digest.so", "fault_tolerance.digest_kernel", _depends, _compile)
+DIGEST = c_library(SOURCE, "fault_tolerance.digest_kernel")
 
 
 if __name__ == "__main__":

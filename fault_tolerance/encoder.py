@@ -222,7 +222,9 @@ class _StripeJob:
             raise WireError(f"block {block} of node {node} must have {real} bytes, got {length}")
 
     def _receive(self, index: int, chunk: int, start: int, buffer: Bytes) -> int:
-        """Fill `buffer` with a chunk of a block and the zeros behind its end. Returns its hash, which is right."""
+        """Fill `buffer` with a chunk of a block, whose hash is right, and the zeros behind its end. Returns the hash of both
+        where it is kept: of a replica.
+        """
         real = max(0, min(len(buffer), self._real[index] - start))
         channel, value = self._sources[index], 0
         if channel is not None and real:
@@ -232,7 +234,7 @@ class _StripeJob:
             if value != int(self._version.metas[node].hashes[block][chunk]):
                 raise StripeFailed(f"chunk {chunk} of block {block} of node {node} does not have its hash")
         buffer[real:] = 0
-        return crc32c(buffer[real:], value)
+        return crc32c(buffer[real:], value) if self._replica and real < len(buffer) else value
 
     def _push(self, sink: Channel, number: int, start: int, part: Bytes) -> None:
         last = start + len(part) >= self._length

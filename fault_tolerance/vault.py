@@ -46,6 +46,7 @@ from fault_tolerance.attachments import Attachment, Attachments
 from fault_tolerance.budget import VERSIONS
 from fault_tolerance.digest_kernel import DIGEST
 from fault_tolerance.encoder import Encoder
+from fault_tolerance.hashing import HASHING
 from fault_tolerance.pace import Pace
 from fault_tolerance.peers import Peers
 from fault_tolerance.scrub import Housekeeper
@@ -84,6 +85,7 @@ class Vault:
     def start(self) -> None:
         """Serve, in daemon threads. What this machine has not compiled yet is compiled beside it."""
         DIGEST.build_beside()
+        HASHING.build_beside()
         self.server.start()
         Housekeeper(self).start()
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fault_tolerance.buffers import Array, Bytes, item_bytes
+from fault_tolerance.hashing import unit_hashes
 from fault_tolerance.index import Extent, Index, ShardEntry
-from fault_tolerance.shard import header_bytes, shard_digest, unit_hashes
+from fault_tolerance.shard import header_bytes, shard_digest
 from fault_tolerance.storage import Storage, StorageError
-from fault_tolerance.units import Offsets, unit_offsets
+from fault_tolerance.units import Offsets, cut
 
 _STEP_BYTES = 16 << 20
 
@@ -90,7 +91,7 @@ def _verify_extent(
     progress: Callable[[int], None],
 ) -> Iterator[Damage]:
     spec = index.by_name[extent.tensor]
-    offsets = unit_offsets(spec, extent.box)
+    offsets = cut(spec, extent.box).offsets
     for first, last in _steps(offsets):
         start, stop = int(offsets[first]), int(offsets[last])
         data = _read(storage, shard, extent.offset + start, stop - start)
@@ -113,7 +114,7 @@ def _expected_header(index: Index, shard: ShardEntry) -> Bytes:
     """The header as it must be: geometry fixes every byte of it."""
     base = min((extent.offset for extent in shard.extents), default=shard.hashes_at)
     relative = [replace(extent, offset=extent.offset - base) for extent in shard.extents]
-    return header_bytes(relative, {spec.name: spec.dtype for spec in index.specs}, shard.num_hashes)
+    return header_bytes(relative, index.by_name, shard.num_hashes)
 
 
 def _read(storage: Storage, shard: ShardEntry, offset: int, size: int) -> Bytes:

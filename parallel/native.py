@@ -16,13 +16,17 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -96,6 +100,49 @@ class Native:
             print(f"{without}: {reason(error)}", file=sys.stderr)
             return 1
         return 0
+
+
+class TakenUp(Generic[T]):
+    """What is made of a build, from when it is there on; None before, and if `load` does not believe it.
+
+    Whether it is there is looked up once a second at most: it is asked for in the middle of work on many small things.
+    """
+
+    def __init__(self, native: Native, load: Callable[[Path], T | None], *, every_s: float = 1.0) -> None:
+        self._native, self._load, self._every_s = native, load, every_s
+        self._found: T | None = None
+        self._next: float | None = 0.0
+
+    def __call__(self) -> T | None:
+        """It, if it is there."""
+        if self._next is not None and time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._every_s
+            if self._native.path().exists():
+                self._found, self._next = self._load(self._native.path()), None
+        return self._found
+
+
+C_FLAGS = ("-O3", "-shared", "-fPIC")
+
+
+def c_library(source: Path, module: str) -> Native:
+    """One C file as a library, named as the file is. It may be shared by machines with the same kind of processor and C library."""
+    name = source.stem
+
+    def depends() -> str:
+        return " ".join((source.read_text(), platform.machine(), *platform.libc_ver(), *C_FLAGS))
+
+    def compile(folder: Path) -> None:
+        compiler = os.environ.get("CC", "cc")
+        try:
+            command = [compiler, *C_FLAGS, str(source), "-o", str(folder / f"{name}.so")]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except OSError as error:
+            raise BuildError(f"{name}: needs a C compiler, got {error}; install gcc or set CC") from error
+        except subprocess.CalledProcessError as error:
+            raise BuildError(f"{name}: {compiler} must compile {source.name}, got an error: {error.stderr}") from error
+
+    return Native(name, f"{name}.so", module, depends, compile)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fault_tolerance.index import Index, ShardEntry
 from fault_tolerance.reads import needed_bytes, plan_reads
 from fault_tolerance.shard import _plan
-from fault_tolerance.units import MAX_UNIT_BYTES, bands, unit_offsets
+from fault_tolerance.units import MAX_UNIT_BYTES, cut
 from parallel.atlas import Atlas, TensorSpec
 from parallel.boxes import Box
 from tests.fault_tolerance.saving import atlas_of, decoder_specs
@@ -24,27 +24,28 @@ def test_bands_tile_the_piece_and_units_tile_the_band(shape: list[int], tp_dim: 
     spec = TensorSpec("x", tuple(shape), dtype, tp_dim, (0,))
     box = Box.whole(spec.shape)
     counts = np.zeros(shape, int)
-    for band in bands(spec, box):
+    lie, width = cut(spec, box), {"float32": 4, "bfloat16": 2, "uint8": 1}[dtype]
+    assert lie.offsets[0] == 0 and (np.diff(lie.offsets) > 0).all() and lie.num_units == len(lie.offsets) - 1
+    for number, band in enumerate(lie.bands):
         counts[band.within(box)] += 1
-        offsets = unit_offsets(spec, band)
-        assert offsets[0] == 0 and (np.diff(offsets) > 0).all()
-        assert offsets[-1] == band.size * {"float32": 4, "bfloat16": 2, "uint8": 1}[dtype]
+        assert lie.starts[number + 1] - lie.starts[number] == band.size * width
+        assert lie.offsets[lie.firsts[number]] == lie.starts[number], "a band begins with a unit"
     assert (counts == 1).all()
 
 
 def test_a_band_ends_where_tp_would_cut_and_a_unit_where_dp_would() -> None:
     spec = TensorSpec("w2", (768, 2048), "float32", 1, (0,))
-    stops = {band.stop[1] for band in bands(spec, Box.whole(spec.shape))}
+    stops = {band.stop[1] for band in cut(spec, Box.whole(spec.shape)).bands}
     assert {683, 1366, 512, 1024, 1536, 2048} <= stops
-    offsets = set((unit_offsets(spec, Box((0, 0), (768, 128))) // (128 * 4)).tolist())
+    offsets = set((cut(spec, Box((0, 0), (768, 128))).offsets // (128 * 4)).tolist())
     assert {256, 512, 154, 308, 110} <= offsets  # a third, two thirds, one and two fifths, a seventh
 
 
 def test_a_huge_tensor_has_large_units_and_a_norm_has_one() -> None:
     head = TensorSpec("head", (128_256, 8192), "float32", 0, (0,))
-    assert np.diff(unit_offsets(head, Box.whole(head.shape))).max() <= MAX_UNIT_BYTES
+    assert np.diff(cut(head, Box.whole(head.shape)).offsets).max() <= MAX_UNIT_BYTES
     norm = TensorSpec("norm", (384,), "float32", None, (0,))
-    assert len(unit_offsets(norm, Box.whole(norm.shape))) == 2
+    assert cut(norm, Box.whole(norm.shape)).num_units == 1
 
 
 @pytest.mark.slow
@@ -57,12 +58,12 @@ def test_the_20m_preset_reads_within_one_percent_of_what_it_needs(source: str) -
         read = needed = 0
         for rank in range(target.layout.world):
             reads = plan_reads(index, target.held(rank))
-            read += sum(r.num_bytes + 8 * sum(b - a for a, b in r.spans) for r in reads)
+            read += sum(r.fit.num_bytes + 8 * r.fit.num_hashes for r in reads)
             needed += needed_bytes(index, target.held(rank))
         assert read <= 1.01 * needed, layout
 
 
 def _index(atlas: Atlas) -> Index:
     plans = [_plan(atlas.owned(rank), atlas.specs) for rank in range(atlas.layout.world)]
-    shards = (ShardEntry(f"r{i}", 0, p.data_bytes, p.num_hashes, "", p.flat) for i, p in enumerate(plans))
+    shards = (ShardEntry(f"r{i}", 0, p.data_bytes, p.num_hashes, "", p.extents) for i, p in enumerate(plans))
     return Index(atlas.specs, tuple(shards), {})

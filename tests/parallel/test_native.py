@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fault_tolerance.digest_kernel import DIGEST
-from parallel.native import BuildError, Native, cache_dir, reason
+from parallel.native import BuildError, Native, TakenUp, cache_dir, reason
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +97,15 @@ def test_without_a_compiler_it_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch
 def test_of_pages_of_errors_the_first_is_told() -> None:
     assert reason(RuntimeError("In file\nx.c:3: error: no\nx.c:4: error: more")) == "RuntimeError: x.c:3: error: no"
     assert reason(RuntimeError()) == "RuntimeError"
+
+
+def test_what_is_not_built_is_looked_for_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no compiler, the disk was asked for the library at every one of thousands of digests."""
+    asked: list[int] = []
+    native = Native("it", "it.so", "no.module", lambda: asked.append(1) or "source", lambda folder: (folder / "it.so").touch())  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Native, "path", lambda self, path=Native.path: asked.append(1) or path(self))  # type: ignore[func-returns-value]
+    taken = TakenUp(native, lambda path: path.name, every_s=60)
+    assert [taken() for _ in range(50)] == [None] * 50 and asked.count(1) < 5
+    now = TakenUp(native, lambda path: path.name, every_s=0)
+    assert now() is None and native.build() and now() == "it.so"
+    assert TakenUp(native, lambda path: None)() is None, "there, and not believed"
