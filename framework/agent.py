@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -27,7 +28,9 @@ from fault_tolerance.vault import Vault
 from fault_tolerance.version import Key, Version
 from framework.network import chosen, interfaces
 from framework.notice import Notice
-from parallel.recorder_build import RECORDER
+from parallel.recorder_build import RECORDER, why_not
+
+BUILD_S = 300.0  # what takes longer to compile is not waited for
 
 
 class Agent:
@@ -43,6 +46,7 @@ class Agent:
         self._holding, self._held = ExitStack(), dict[Key, Version]()
         self._host = host
         self._probe: Probe | None = None
+        self._began = time.monotonic()
         RECORDER.build_beside()
 
     def address(self) -> str:
@@ -137,6 +141,10 @@ class Agent:
     def lend_rings(self, generation: int, ranks: list[int]) -> dict[int, str]:
         """Memory for the records of these ranks, as paths."""
         return self._rings.lend(generation, ranks)
+
+    def recorder_comes(self) -> bool:
+        """Whether ranks here cannot record yet, and soon can: the recorder is being built. One that takes too long comes never."""
+        return not RECORDER.path().exists() and why_not() is None and time.monotonic() - self._began < BUILD_S
 
     def read_rings(self, generation: int) -> dict[int, bytes]:
         """What is new in the records of this node's ranks."""

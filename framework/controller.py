@@ -41,7 +41,7 @@ from framework.pool import Pool, PoolError
 from framework.preflight import preflight
 from framework.rendezvous import Rendezvous
 from framework.response import Response
-from framework.sentinel import Sentinel, lend_rings, settings_of
+from framework.sentinel import Sentinel, lend_rings, record_at_once, settings_of
 from framework.startup import Startup
 from framework.telemetry_prometheus import Gauge, endpoint
 from framework.vitals import Vitals
@@ -264,6 +264,7 @@ class Controller:
             "plan": plan,
             "store": self._rendezvous.address,
             "rings": lend_rings(plan, self._pool.agents),
+            "record_at_once": record_at_once(plan, self._pool.agents),
             "reached": self._journal.reached,
         }
         crew = muster(

@@ -2,8 +2,8 @@
 
     order -> open(ring of this generation) -> groups are made -> mark(step, phase) ... -> close
 
-The extension may still be compiling when a generation begins (the first run on a machine). Then the groups are made
-without it, and it is attached later, by all ranks between the same two operations: each says in the step's report whether
+The extension may still be compiling when a generation begins, on the machine or on another one of the crew (the first run
+on a machine, or one that has just joined). Then all make their groups without it, and it is attached later, by all ranks between the same two operations: each says in the step's report whether
 it could begin, and when all can, all do.
 
 Rule of this file: no failure to record is a failure to train. Without a record there is one line that says why.
@@ -24,15 +24,19 @@ PHASES = {
 
 
 class Recording:
-    """The record of one generation in this process. `tell` is called when it becomes known how it stands."""
+    """The record of one generation in this process: from the start, or else when all ranks can. `tell` is called when it
+    becomes known how it stands.
+    """
 
-    def __init__(self, ring: str | None, *, rank: int, generation: int, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, ring: str | None, *, rank: int, generation: int, tell: Callable[[str], None], at_once: bool = True
+    ) -> None:
         self._ring, self._rank, self._generation, self._tell = ring, rank, generation, tell
         self._step = 0
         self._recorder: Recorder | None = None
         self._failed = ring is None
         self.reason = "no ring was lent" if ring is None else ""
-        if self._built():
+        if at_once and self._built():
             self._install()
         tell(standing(self))
 
@@ -102,4 +106,4 @@ def standing(recording: Recording) -> str:
     reason = why_not()
     if reason is not None:
         return f"collectives are not recorded, watched by liveness only: {reason}"
-    return "the recorder is being built beside the run; collectives are recorded as soon as it is there"
+    return "the recorder is being built beside the run; collectives are recorded as soon as every machine of it has it"

@@ -60,6 +60,15 @@ def lend_rings(plan: Plan, agents: Mapping[str, Remote]) -> dict[int, str]:
     return {rank: path for call in calls for rank, path in _answer(call).items()}
 
 
+def record_at_once(plan: Plan, agents: Mapping[str, Remote]) -> bool:
+    """Whether ranks record from the start. Not where some node is still building the recorder, as one that has just joined
+    may be: the numbers of operations would differ, so all begin together as soon as it can.
+    """
+    calls = [agents[n].call("recorder_comes") for n in plan.nodes if n in agents]
+    wait_all(calls, ANSWER_S)
+    return not any(_said(call) for call in calls)
+
+
 def pause_s(step_s: float, spent_s: float, *, calm: bool, look_s: float = LOOK_S) -> float:
     """Until the next look: by how long a step takes, whether there is anything to worry about, and what a look costs."""
     wanted = min(max(look_s, LOOK_STEPS * step_s), CALM_S) if calm else look_s
@@ -178,6 +187,13 @@ class Sentinel:
 
 CERTAIN = frozenset({Kind.CRASH, Kind.HANG, Kind.LINK_HANG, Kind.MISMATCH})
 LEAST_WAIT_S = 1.0
+
+
+def _said(call: Call) -> bool:
+    try:
+        return call.done() and bool(call.result(0))
+    except (CallError, TimeoutError):
+        return False
 
 
 def _answer(call: Call) -> dict[int, Any]:

@@ -363,7 +363,9 @@ class Worker:
                 self._standing = line
                 self._say({"event": "record", "step": plan.source.step, "reason": line})
 
-        return Recording(order["rings"].get(order["rank"]), rank=order["rank"], generation=plan.generation, tell=tell)
+        return Recording(
+            order["rings"].get(order["rank"]), rank=order["rank"], generation=plan.generation, at_once=order["record_at_once"], tell=tell
+        )
 
     def _store(self, address: tuple[str, int]) -> Store:
         """One client per controller for the life of the process: a new one per generation sometimes stalls for 5 s."""

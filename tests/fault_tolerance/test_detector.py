@@ -53,6 +53,31 @@ def test_a_straggler_is_named_within_ten_steps(layout, factor):
     assert found[0][1].severity == pytest.approx(factor, rel=0.15)
 
 
+@pytest.mark.parametrize("layout", ["1x2x1", "2x2x1", "1x4x2"])
+def test_unequal_work_blames_nobody_and_who_is_slow_afterwards_is_named(layout):
+    """In steps 16 to 35 the first replica has twice the work of the others; rank 1 is slow from step 52 on."""
+    chosen = Layout.parse(layout)
+
+    def factor(rank: int, step: int) -> float:
+        if 16 <= step < 36:
+            return 1.4 if chosen.seat(rank)[1] == 0 else 0.7
+        return 2.0 if rank == 1 and step >= 52 else 1.0
+
+    drawing = draw(training(chosen, steps=68, slow=factor))
+    detector, found, at, computing = Detector(Topology.one_node_each(chosen)), [], 0.0, {}
+    changes = {16: False, 36: True}
+    while at < drawing.end_s + 0.1:
+        found += [(detector.step, verdict) for verdict in detector.observe(drawing.rings(at), now_s=at)]
+        for step in [s for s in changes if detector.step >= s]:
+            detector.work_changed(step - 1, alike=changes.pop(step))
+            assert detector.computing_s() == {}, "not known yet"
+        if 30 <= detector.step < 36:
+            computing = detector.computing_s()
+        at += 0.1 if at < drawing.busy_s else 1.0
+    assert [(v.kind, v.ranks) for _, v in found] == [(Kind.SLOW_COMPUTE, (1,))] and 52 < found[0][0] <= 62
+    assert computing[0] == pytest.approx(2 * computing[chosen.rank(0, 1, 0)], rel=0.1)
+
+
 @pytest.mark.parametrize("layout", ["1x4x1", "2x2x1"])
 def test_a_rank_that_was_slow_from_the_start_is_named_by_its_peers(layout):
     found = watch(draw(training(Layout.parse(layout), steps=24, slow=from_step(2, 0, 2.0))), layout)

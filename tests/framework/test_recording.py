@@ -59,6 +59,21 @@ def test_a_build_that_comes_late_is_taken_up_by_the_groups_that_exist(monkeypatc
         rings.close()
 
 
+def test_ranks_of_other_machines_wait_for_one_that_has_just_joined_and_still_builds(monkeypatch, tmp_path) -> None:
+    """A machine joined a run that recorded. Its rank had no recorder yet, the others began without it, and since those that
+    record already never said again that they could begin, it stayed out for good: whoever hung, it was blamed for not coming.
+    """
+    _built()
+    rings, told = Rings(), list[str]()
+    recording = Recording(rings.lend(1, [0])[0], rank=0, generation=1, at_once=False, tell=told.append)
+    try:
+        assert not recording.on and recording.ready() and "every machine" in told[0]
+        assert recording.begin() and not recording.ready()
+    finally:
+        recording.close()
+        rings.close()
+
+
 def _built() -> None:
     try:
         load()

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from framework.sentinel import CALM_S, LOOK_S, SHARE, pause_s
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from framework.cluster import CallError
+from framework.sentinel import CALM_S, LOOK_S, SHARE, pause_s, record_at_once
 
 
 def test_every_other_step_while_all_is_well():
@@ -17,3 +23,35 @@ def test_twice_a_second_when_somebody_stands_still():
 
 def test_judging_that_takes_long_is_done_more_rarely():
     assert pause_s(0.4, 0.1, calm=False) == 0.1 / SHARE
+
+
+class Asked:
+    """An agent that answers, or fails to."""
+
+    def __init__(self, answer: bool | Exception) -> None:
+        self.answer = answer
+
+    def call(self, method: str) -> Any:
+        assert method == "recorder_comes"
+        return self
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout_s: float) -> bool:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answers", "at_once"),
+    [((False, False), True), ((False, True), False), ((False, CallError("gone", actor="agent", node="n1")), True)],
+)
+def test_all_record_from_the_start_or_wait_for_the_machine_that_still_builds(
+    monkeypatch: pytest.MonkeyPatch, answers: tuple[bool | Exception, ...], at_once: bool
+) -> None:
+    monkeypatch.setattr("framework.sentinel.wait_all", lambda calls, timeout_s: None)
+    agents: Any = {f"n{i}": Asked(answer) for i, answer in enumerate(answers)}
+    plan: Any = SimpleNamespace(nodes=tuple(agents))
+    assert record_at_once(plan, agents) is at_once
