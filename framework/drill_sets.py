@@ -206,6 +206,19 @@ DRILLS = (
         verdict=("corrupt", 2),
     ),
     Drill(
+        "watch",
+        "a node is lost and grown onto again, the controller is killed, and whoever hangs then is still named",
+        (*LONG, "detect.hang_timeout_s=8"),
+        (
+            "{step: 6, kind: kill_node, node: n1, phase: backward}",
+            "{step: 8, kind: add_node, node: n1}",
+            "{step: 100, kind: hang, rank: 2, severity: 0}",
+        ),
+        strikes=(Strike("resized 2", 1.0, "kill_controller"),),
+        kinds=("node_loss", "resize", "controller", "hang"),
+        verdict=("hang", 2),
+    ),
+    Drill(
         "balance",
         "a worker needs three times as long for everything; its replica takes fewer samples",
         (*FEW, "data.seq_len=256", "optim.global_batch=32", "optim.num_steps=70", "cluster.min_nodes=4"),
