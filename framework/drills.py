@@ -32,7 +32,7 @@ LOSS_RTOL = 1e-5
 STATE_ATOL = 1e-4
 TIME_S = 1.0  # how far told times may be from the clock's: a machine that does much else looks late, and reports late
 PREPARED = ("preemption", "resize")  # kinds of incidents before which the state is made safe
-SUSPECTED = ("hang", "mismatch", "slow_compute", "slow_link", "nan", "corrupt")  # what a record tells; the rest is seen
+TOLD = ("hang", "mismatch", "nan", "corrupt")  # at once and for certain; deaths are seen, who is slow is tested
 STRUCK_AT_ONCE = ("kill_worker", "kill_agent", "kill_node")
 
 
@@ -156,9 +156,12 @@ def _happened(drill: Drill, incidents: Sequence[Mapping[str, Any]], run: str | P
 
 
 def _named(run: str | Path, verdict: tuple[str, int]) -> Check:
-    """Whoever was named must be the one, and nobody else, but for those that were killed."""
-    said = [(str(e["cause"]), *e["ranks"]) for e in run_dir.events(run) if e["kind"] == "verdict" and e["ranks"]]
-    said = [word for word in said if word[0] in (verdict[0], *SUSPECTED)]
+    """Whoever was named must be the one, and nobody else, but for those that were killed, and those suspected of being slow for
+    as long as no test has confirmed it: on a busy machine somebody is slow now and then.
+    """
+    named = [e for e in run_dir.events(run) if e["kind"] == "verdict" and e["ranks"]]
+    named = [e for e in named if e["cause"] in (verdict[0], *TOLD) or e.get("confirmed")]
+    said = [(str(e["cause"]), *e["ranks"]) for e in named]
     told = ", ".join(f"{cause} of rank {' '.join(map(str, ranks))}" for cause, *ranks in dict.fromkeys(said)) or "nobody"
     return Check("verdict", set(said) == {verdict}, f"named: {told}; to be named: {verdict[0]} of rank {verdict[1]}")
 
