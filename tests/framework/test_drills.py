@@ -121,6 +121,8 @@ def test_whoever_is_named_must_be_the_one_and_nobody_else(tmp_path: Path) -> Non
     directory.event("verdict", step=3, generation=1, reason="", cause="hang", ranks=[2])
     assert held()
     directory.event("verdict", step=3, generation=1, reason="", cause="slow_compute", ranks=[0])
+    assert held(), "a suspicion: no test has confirmed it"
+    directory.event("verdict", step=3, generation=1, reason="", cause="slow_compute", ranks=[0], confirmed=True)
     directory.close()
     assert not held()
 
