@@ -35,8 +35,8 @@ train: $(STAMP)  ## train the default model: RUN='model=20m ...' overrides anyth
 test: $(STAMP)  ## all tests: TESTS=tests/parallel for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
-test-fast: $(STAMP)  ## the tests that start no cluster: two minutes
-	@.ci/fast $(BIN)/python $(TESTS)
+test-fast: $(STAMP)  ## the quick tests, which start no cluster: a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not cluster" $(TESTS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -56,7 +56,8 @@ ACCEPT_S = 0.5
 ANSWER_S = 2.0  # of a machine's kernel, one lost packet included
 ID_CHARS = 12
 PIN = 0.001  # of the resource that every node has one of, and that bears its address
-REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+BESIDE_NICENESS = 10  # of what is no rank: a rank that is held up holds up all others
+REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "RAY_worker_niceness": "0"}
 
 
 class Cluster:
@@ -320,6 +321,7 @@ class Cluster:
             "working_dir": self._facts["working_dir"],
             "node": node,
             "address": address,
+            "niceness": 0 if num_cpus else BESIDE_NICENESS,
         }
         handle = actor_class().options(**options).remote(factory, dict(payload), hosting)
         return Remote(handle, name=name, node=node)

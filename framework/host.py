@@ -5,6 +5,7 @@ Rule of this file: it knows nothing of Ray, so that what runs in a worker can be
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
@@ -34,14 +35,16 @@ class Host:
         node: str,
         working_dir: str = "",
         address: str = "",
+        niceness: int = 0,
     ) -> None:
-        """`address` is the node's own; empty where the environment says already which way collectives go."""
+        """`address` is the node's own; empty where the environment says already which way collectives go. `niceness` as nice(1) has it."""
         if working_dir and Path(working_dir).is_dir():  # Ray would start it in a folder of its own, where no path of the user's leads anywhere
             os.chdir(working_dir)
         if address:
             os.environ.update(socket_environment(address, os.environ, interfaces()))
         if log is not None:
             self.redirect(log)
+        stand_back(niceness)
         sys.path += [path for path in paths if path not in sys.path]  # last: a user's file never hides one of ours
         self._node = node
         self._object = load(factory)(**payload)
@@ -79,6 +82,13 @@ class Host:
                 os.dup2(descriptor, number)
         finally:
             os.close(descriptor)
+
+
+def stand_back(niceness: int) -> None:
+    """Let processes of less niceness go first on a processor: all threads of this one, which Linux asks for one by one."""
+    for thread in Path("/proc/self/task").iterdir() if niceness else ():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
 
 
 def load(factory: str) -> Any:

@@ -54,6 +54,7 @@ RAY_ENV = {
     "RAY_kill_idle_workers_interval_ms": "1000",
     "RAY_raylet_report_resources_period_milliseconds": "250",
     "RAY_gcs_pull_resource_loads_period_milliseconds": "5000",
+    "RAY_worker_niceness": "0",  # by default 15: whatever else the machine does would then hold up a rank, and so all of them
     "RAY_DEDUP_LOGS": "0",
     "RAY_BACKEND_LOG_LEVEL": "warning",
 }

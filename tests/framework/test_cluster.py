@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from framework.cluster import (
+    BESIDE_NICENESS,
     Call,
     CallError,
     Cluster,
@@ -109,6 +110,22 @@ def test_a_worker_reports_whose_code_it_runs(cluster: Cluster, thing: Remote) ->
     identity, own = thing.ready().result(10), cluster.call_context()
     assert identity["node"] == "n0" and identity["pid"] == thing.pid != os.getpid()
     assert {k: identity[k] for k in ("code_path", "version")} == {k: own[k] for k in ("code_path", "version")}
+
+
+def test_a_rank_goes_before_all_else_on_its_processor(cluster: Cluster, thing: Remote) -> None:
+    """Ray starts its workers at niceness 15, ours were no exception: whatever else a machine did, be it another run's tests or the
+    command that was typed, took the processor from a rank, and so from all ranks that waited for it.
+    """
+    beside = cluster.start_vault("n0", THING, {"start": 0})
+    beside.ready().result(START_S)
+    assert niceness(thing.pid) == {os.getpriority(os.PRIO_PROCESS, 0)}
+    assert niceness(beside.pid) == {BESIDE_NICENESS}
+    beside.kill()
+
+
+def niceness(pid: int) -> set[int]:
+    """Of all threads of a process."""
+    return {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()}
 
 
 def test_what_a_worker_prints_goes_to_the_log_it_was_given(thing: Remote, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The seats are compared with all permutations of nodes, the scored layouts with a
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations, permutations
 
 import pytest
@@ -24,6 +25,7 @@ LAYOUTS = ("2x2x2", "1x4x2", "2x4x1", "4x2x1")
 LOSSES = [lost for count in (1, 2) for lost in combinations(NODES, count)]
 
 
+@cache
 def config(layout: str) -> Config:
     pp, dp, tp = layout.split("x")
     words = ["model=tiny", "data=synthetic", "optim.global_batch=8", "cluster.workers_per_node=2", "fault_tolerance.tolerate=2"]

@@ -25,6 +25,7 @@ def accept(values, early):
     pytest.fail("the config was accepted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "says"), ROWS, ids=[command for command, _ in ROWS])
 def test_a_bad_input_is_refused_in_one_line(command, says, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
