@@ -24,7 +24,7 @@ from framework.faults import call
 from framework.machines import Machines
 from framework.matrix import Cell, faults, incidents_of, steady, wrong
 from framework.nodes import ClusterError
-from framework.strikes import Hit, find_control
+from framework.strikes import Hit, find_control, holding
 
 LOOK_S = 0.05
 AHEAD = 2  # steps from the call to the faults: every rank must have read of them by then
@@ -110,7 +110,7 @@ class Campaign:
             lost = max((int(i["steps_lost"]) for i in incidents), default=0)
             kinds = [f"{i['kind']} {i['layout_before']}>{i['layout_after']} {i['tier']}" for i in incidents]
             seconds = {"cell_s": time.time() - began, "back_s": sum(i["total_s"] for i in incidents if i["kind"] != "resize")}
-            return {**row, "held": not complaints, "wrong": list(complaints), "steps_lost": lost, "incidents": kinds, **seconds}
+            return {**row, "held": not complaints, "holding": holding(self._driver), "wrong": list(complaints), "steps_lost": lost, "incidents": kinds, **seconds}
 
         if not self._until(lambda: all(self._state(machines).get(node) == "dead" for node in doomed)):
             return verdict(f"not all of {', '.join(doomed)} were killed within {PATIENCE_S:.0f} s: {self._state(machines)}")

@@ -137,13 +137,33 @@ class Striker:
 
     def _signal(self, log: str, number: signal.Signals) -> list[int]:
         """To every process of the run that writes into the log of this name."""
-        found, pattern = [], re.compile(rf".*/logs/{log}\.log")
-        for process in _descendants(self._driver):
+        found = []
+        for process in writing(self._driver, log):
             with contextlib.suppress(OSError):
-                if pattern.fullmatch(str(Path(f"/proc/{process.pid}/fd/1").readlink())):
-                    os.kill(process.pid, number)
-                    found.append(process.pid)
+                os.kill(process.pid, number)
+                found.append(process.pid)
         return found
+
+
+def writing(driver: int, log: str) -> list[psutil.Process]:
+    """The processes of a driver's run whose output goes to a log of this name (a pattern)."""
+    pattern = re.compile(rf".*/logs/{log}\.log")
+
+    def output(process: psutil.Process) -> str:
+        with contextlib.suppress(OSError):
+            return str(Path(f"/proc/{process.pid}/fd/1").readlink())
+        return ""
+
+    return [process for process in _descendants(driver) if pattern.fullmatch(output(process))]
+
+
+def holding(driver: int) -> dict[str, int]:
+    """What a driver's run has now: processes, and what its controller has open. What grows from loss to loss is a leak."""
+    held = {"processes": len(_descendants(driver))}
+    for process in writing(driver, "controller")[:1]:
+        with contextlib.suppress(psutil.Error):
+            held |= {"fds": process.num_fds(), "threads": process.num_threads(), "rss_mib": process.memory_info().rss >> 20}
+    return held
 
 
 def find_control(driver: int) -> str | None:
