@@ -11,7 +11,7 @@ Hosts are network namespaces (`benchmarks/hosts.py`, needs root), on them a Ray 
     crash    every process of host 3 is gone, its memory with it   the same
 
 Seconds are from the fault: `told` until the run's trouble event or verdict, `step` until the first new step was seen. Results go
-to `benchmarks/results/hosts.{json,md}`.
+to `benchmarks/results/hosts.{json,md}`; those of faults that were not run now stay.
 """
 
 from __future__ import annotations
@@ -57,8 +57,11 @@ def main() -> None:
             rows.append(_one(fault, boxes, ray, options))
             print(json.dumps(rows[-1], indent=1), flush=True)
     if not options.dry:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "hosts.json").write_text(json.dumps(rows, indent=1) + "\n")
+        file = RESULTS / "hosts.json"
+        fresh = {row["fault"] for row in rows}
+        rows += [row for row in (json.loads(file.read_text()) if file.exists() else []) if row["fault"] not in fresh]
+        rows.sort(key=lambda row: FAULTS.index(row["fault"]))
+        file.write_text(json.dumps(rows, indent=1) + "\n")
         (RESULTS / "hosts.md").write_text(markdown(rows))
     print(markdown(rows))
 

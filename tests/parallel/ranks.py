@@ -61,6 +61,7 @@ class Job:
     clip: float = 1.0
     seed: int = 7
     zero: dict[str, Any] | None = None  # of DeepSpeed; None: FSDP2
+    shares: tuple[int, ...] = ()  # samples of each replica in every other step, if not all alike
 
     @property
     def world(self) -> int:
@@ -94,10 +95,10 @@ def batch(job: Job, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def share(job: Job, layout: Layout, dp: int, tokens: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A replica's samples, padded with ignored ones to a multiple of the microbatches, equally on all replicas."""
-    each = -(-job.samples // layout.dp)
+    """A replica's samples, padded with ignored ones to a multiple of the microbatches, equally on all replicas if shares are."""
+    each = job.shares[dp] if job.shares else -(-job.samples // layout.dp)
     each = -(-each // job.num_microbatches) * job.num_microbatches
-    mine = slice(dp * each, (dp + 1) * each)
+    mine = slice(sum(job.shares[:dp]), sum(job.shares[: dp + 1])) if job.shares else slice(dp * each, (dp + 1) * each)
     tokens, labels = tokens[mine], labels[mine]
     missing = each - tokens.shape[0]
     return (
@@ -122,7 +123,8 @@ def engine_for(job: Job, mesh: Mesh) -> Engine:
 
 def step_once(job: Job, mesh: Mesh, engine: Engine, step: int) -> tuple[float, float]:
     """One optimizer step: (loss, gradient norm), equal on all ranks."""
-    tokens, labels = share(job, mesh.layout, mesh.seat[1], *batch(job, step))
+    alike = job if step % 2 == 0 else job.but(shares=())
+    tokens, labels = share(alike, mesh.layout, mesh.seat[1], *batch(job, step))
     num_tokens = job.samples * job.seq_len
     loss = engine.forward_backward(tokens, labels, num_tokens=num_tokens)
     sums = mesh.sum(torch.stack([loss, engine.grad_square_sum()]))

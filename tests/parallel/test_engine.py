@@ -101,6 +101,20 @@ def test_padding_with_ignored_samples_changes_nothing(
     assert state_error(one(job), ranks) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("layout", "schedule", "shares"),
+    [("2x2x1", "1f1b", (6, 2)), ("2x2x1", "interleaved_zero_bubble", (5, 3)), ("1x2x2", "1f1b", (2, 6)), ("1x3x1", "1f1b", (5, 2, 1))],
+)
+def test_replicas_may_take_unequal_shares_from_one_step_to_the_next(
+    pool: Pool, one: Reference, layout: str, schedule: str, shares: tuple[int, ...]
+) -> None:
+    job = Job(layout=layout, schedule=schedule, steps=4)
+    ranks = pool.run(train, job.but(shares=shares), world=job.world)
+    assert loss_error(one(job), ranks) < 1e-5
+    assert norm_error(one(job), ranks) < 1e-5
+    assert state_error(one(job), ranks) < 1e-4
+
+
 @pytest.mark.parametrize("layout", ["1x1x2", "2x1x2"])
 def test_without_sequence_parallelism_the_numbers_are_the_same(pool: Pool, one: Reference, layout: str) -> None:
     job = Job(layout=layout)
