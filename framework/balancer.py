@@ -30,6 +30,7 @@ class Balancer:
         """Have the replicas take these shares, for somebody is slow."""
         longest_s = max(self._sentinel.computing_s().values(), default=before_s)
         self.now = Balancing(verdict, shares, before_s, healthy_s, longest_s, time.monotonic())
+        self._sentinel.work_changed(self._journal.reached, alike=False)  # ranks may take them before they have told of it
         self._request(shares.samples)
 
     def times(self, verdict: Verdict) -> tuple[float, float] | None:
