@@ -3,8 +3,8 @@
     python -m benchmarks.straggler [--severity 1.5 2 3] [--runs 2] [--write]
 
 The worker's process gets 1/severity of the time from the step on, whatever it does (`drill.faults`, kind `slow_worker`), on every
-run another rank. Steps count from the first slow one to the newest that was taken when the verdict was written; whoever else is
-named is counted as wrong. Nothing is done about it (`detect.action=observe`). Results go to `benchmarks/results/straggler.md`.
+run another rank. Steps count from the first slow one to the newest that the controller knew of when it wrote the verdict; whoever
+else is named is counted as wrong. Nothing is done about it (`detect.action=observe`). Results go to `benchmarks/results/straggler.md`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "",
         f"`python -m benchmarks.straggler`: real runs on an emulated Ray cluster, {os.cpu_count()} cores; the model `tiny`, 128 tokens a sample.",
         "The worker is slow from step 20 on, that step included; seconds are those of a step before. `load` is the machine's, at the end.",
+        "Where that is far above the cores, a process that is stopped for a third of the time would have waited for a processor then anyway:",
+        "it is hardly slower for it than the others, and may not be named.",
         "",
         "| slower by | layout | rank | step, s | named after, steps | by then seen as | wrongly named | load |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
