@@ -30,6 +30,15 @@ _MAX_BUFFERS = 512  # of one preadv; the system's limit is 1024
 _HOPELESS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENODATA)
 )
+_REMEDIES = {
+    errno.ENOSPC: "make room there, keep fewer checkpoints, or save elsewhere",
+    errno.EDQUOT: "make room there, keep fewer checkpoints, or save elsewhere",
+    errno.EROFS: "make it writable, or save elsewhere",
+    errno.EACCES: "make it writable for this user, or save elsewhere",
+    errno.EPERM: "make it writable for this user, or save elsewhere",
+    errno.ENOTDIR: "give a path whose every part but the last is a directory",
+    errno.EIO: "look after the disk, and save elsewhere",
+}
 
 
 class StorageError(RuntimeError):
@@ -108,7 +117,8 @@ def retry(what: str, call: Callable[[], T], *, attempts: int, first_delay_s: flo
             code = error.errno if isinstance(error, OSError | StorageError) else None
             if code in _HOPELESS or attempt == attempts - 1:
                 tries = f"after {attempt + 1} tries" if attempt else "at once"
-                raise StorageError(f"{what}: failed {tries}: {error or type(error).__name__}", errno=code) from error
+                remedy = f"; {_REMEDIES[code]}" if code in _REMEDIES else ""
+                raise StorageError(f"{what}: failed {tries}: {error or type(error).__name__}{remedy}", errno=code) from error
         time.sleep(first_delay_s * 2**attempt)
     raise AssertionError("attempts is at least 1")
 

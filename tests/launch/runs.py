@@ -36,13 +36,14 @@ class Run:
 
     def until(self, step: int) -> None:
         """Until it has taken a step."""
-        self._until(lambda: any(row["step"] >= step for row in rows(self.place)))
+        self.until_true(lambda: any(row["step"] >= step for row in rows(self.place)))
 
     def until_saved(self, step: int) -> None:
         """Until it has saved a checkpoint of a step, or of a later one."""
-        self._until(lambda: any(e["step"] >= step for e in run_dir.events(self.place) if e["kind"] == "checkpoint" and e["saved"]))
+        self.until_true(lambda: any(e["step"] >= step for e in run_dir.events(self.place) if e["kind"] == "checkpoint" and e["saved"]))
 
-    def _until(self, holds: Callable[[], bool]) -> None:
+    def until_true(self, holds: Callable[[], bool]) -> None:
+        """Until something holds, which is asked often."""
         deadline = time.monotonic() + 240
         while not holds():
             assert self.process.poll() is None and time.monotonic() < deadline, Path(self._log.name).read_text()[-3000:]
