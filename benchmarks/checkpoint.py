@@ -1,6 +1,7 @@
 """Durable checkpoints against torch.save, DCP and DeepSpeed's universal route: stall, durable, load, bytes read.
 
-    save          1x4x1: four ranks, every way once in a round, each round starting with another one
+    save          1x4x1: four ranks, every way once in a round, each round starting with another one; always into an empty
+                  folder, the disk having nothing else to do
     load same     the same four ranks
     load other    1x2x1: two ranks, which hold other boxes. DeepSpeed converts in between (ds_to_universal)
     vaults        the same out of the nodes' memory; what that is against the others is said by `relayout.py`

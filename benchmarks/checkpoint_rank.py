@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -34,6 +35,7 @@ from parallel.layout import Layout
 from parallel.specs import state_specs
 
 Row = dict[str, Any]
+PLACES = {"holdfast": "holdfast", "torch.save": "torch", "dcp.save": "dcp", "dcp.async_save": "dcp_async", "deepspeed": "deepspeed"}
 
 
 class Bench:
@@ -51,6 +53,12 @@ class Bench:
         self.mesh: DeviceMesh = init_device_mesh("cpu", (self.world,))
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
         self.background = dist.new_group(backend="gloo")
+
+    def cleared(self, place: str) -> None:
+        """A save begins in an empty place, as a new step does, and with a disk that owes nothing to the one before it."""
+        if self.rank == 0:
+            shutil.rmtree(self.folder / place, ignore_errors=True)
+            os.sync()
 
     def timed(self, name: str, call: Callable[[], Any]) -> Row:
         """Run on all ranks at once; seconds of the slowest, and the bytes that all of them read."""
@@ -87,7 +95,8 @@ class Bench:
 
     def save_torch(self) -> None:
         """Each rank its own shards, without dedup or index; durable like the others."""
-        file = self.folder / f"torch-{self.rank}.pt"
+        file = self.folder / "torch" / f"{self.rank}.pt"
+        file.parent.mkdir(exist_ok=True)
         with file.open("wb") as out:
             torch.save({piece.tensor: tensor for piece, tensor in self.held.items()}, out)
             out.flush()
@@ -95,7 +104,7 @@ class Bench:
 
     def load_torch(self) -> None:
         """Only the same layout."""
-        for name, tensor in torch.load(self.folder / f"torch-{self.rank}.pt", weights_only=True).items():
+        for name, tensor in torch.load(self.folder / "torch" / f"{self.rank}.pt", weights_only=True).items():
             self.held[Piece(name, self._box(name))].copy_(tensor)
 
     def save_dcp(self) -> None:
@@ -202,7 +211,7 @@ def main() -> None:
         row | {"what": what, "round": number}
         for number in range(job["rounds"])
         for what, name, call in _turn(bench, _engine(job, folder), stage or restore, number)
-        for row in [bench.timed(name, call)]
+        for row in [_measured(bench, what, name, call)]
     ]
     if stage is not None:
         stage.close()
@@ -212,6 +221,12 @@ def main() -> None:
         Path(job["out"]).write_text(json.dumps({"rows": rows, "needed": needed.item()}))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _measured(bench: Bench, what: str, name: str, call: Callable[[], Any]) -> Row:
+    if what == "save" and name in PLACES:
+        bench.cleared(PLACES[name])
+    return bench.timed(name, call)
 
 
 _ENGINE: list[DeepSpeedBench] = []
