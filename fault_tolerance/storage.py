@@ -31,6 +31,9 @@ _MAX_BUFFERS = 512  # of one preadv; the system's limit is 1024
 _HOPELESS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENODATA)
 )
+_S3: dict[str, Any] = {  # who tries again is told once, in this file: three loops inside each other took minutes to say that nobody answers
+    "config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
+}
 _REMEDIES = {
     errno.ENOSPC: "make room there, keep fewer checkpoints, or save elsewhere",
     errno.EDQUOT: "make room there, keep fewer checkpoints, or save elsewhere",
@@ -217,7 +220,9 @@ class RemoteStorage:
         import fsspec  # kept out of the start-up of runs that save locally
 
         self.url = url.rstrip("/")
-        self._fs, self._path = fsspec.core.url_to_fs(self.url)
+        self._fs, self._path = fsspec.core.url_to_fs(self.url, **(_S3 if self.url.startswith("s3://") else {}))
+        if self.url.startswith("s3://"):
+            self._fs.retries = 1
         self._retry: dict[str, Any] = {"attempts": attempts, "first_delay_s": first_delay_s}
 
     def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fault_tolerance.checkpoint import Checkpoint
 from fault_tolerance.shard import write_shard
 from fault_tolerance.shelf import checkpoints, newest, remove, sweep, torn
 from fault_tolerance.storage import LocalStorage, StorageError, open_storage, paced, retry
-from tests.fault_tolerance.saving import atlas_of, decoder_specs, load, random_state, save
+from tests.fault_tolerance.saving import atlas_of, decoder_specs, free_port, load, random_state, save
 
 
 def _run(*command: str) -> str:
@@ -266,3 +267,16 @@ def test_a_large_object_goes_up_in_parts_or_not_at_all(bucket: str) -> None:
     assert storage.sizes() == {"a": 20 << 20}
     with pytest.raises(StorageError, match="must exist"):
         storage.read("nothing")
+
+
+def test_an_object_store_that_is_gone_is_said_in_seconds(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three libraries tried again inside each other: a run heard after minutes that its store did not answer."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"s3://gone/run/x: failed after 2 tries: Could not connect.*127\.0\.0\.1"):
+        open_storage("s3://gone/run", attempts=2, first_delay_s=0.01).write("x", lambda: [np.zeros(9, np.uint8)])
+    assert time.monotonic() - began < 20
+    s3fs.S3FileSystem.clear_instance_cache()
