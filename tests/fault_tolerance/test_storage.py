@@ -269,6 +269,7 @@ def test_a_large_object_goes_up_in_parts_or_not_at_all(bucket: str) -> None:
         storage.read("nothing")
 
 
+@pytest.mark.slow
 def test_an_object_store_that_is_gone_is_said_in_seconds(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three libraries tried again inside each other: a run heard after minutes that its store did not answer."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
