@@ -31,14 +31,18 @@ START_S = 90.0
 
 
 class RayCluster:
-    """Nodes `0..`, the first of which is the head (and works too). Gone with the context.
+    """Nodes `0..`, the first of which is the head (and works too, unless `head_cpus` is 0). Gone with the context.
 
     `address` is what `cluster.address` takes; `env` is what the user's shell has set.
     """
 
-    def __init__(self, *, addresses: Sequence[str] = (), boxes: Boxes | None = None, num_cpus: int = 1, auth: bool = True) -> None:
+    def __init__(
+        self, *, addresses: Sequence[str] = (), boxes: Boxes | None = None, num_cpus: int = 1, head_cpus: int | None = None,
+        auth: bool = True,
+    ) -> None:  # fmt: skip
         self.addresses = [boxes.address(i) for i in range(boxes.num)] if boxes is not None else list(addresses)
-        self._boxes, self._num_cpus = boxes, num_cpus
+        self._boxes = boxes
+        self._cpus = [num_cpus if i or head_cpus is None else head_cpus for i in range(len(self.addresses))]
         self._folder = Path("/tmp") / f"hfr{secrets.token_hex(3)}"
         self._started: dict[int, subprocess.Popen[bytes]] = {}
         self.address = ""
@@ -98,7 +102,7 @@ class RayCluster:
 
     def _launch(self, number: int, *options: str) -> None:
         argv = [
-            RAY, "start", "--block", *options, f"--node-ip-address={self.addresses[number]}", f"--num-cpus={self._num_cpus}",
+            RAY, "start", "--block", *options, f"--node-ip-address={self.addresses[number]}", f"--num-cpus={self._cpus[number]}",
             f"--temp-dir={self._folder / str(number)}", f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats",
         ]  # fmt: skip
         with (self._folder / f"{number}.log").open("wb") as log:

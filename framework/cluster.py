@@ -57,6 +57,7 @@ ANSWER_S = 2.0  # of a machine's kernel, one lost packet included
 ID_CHARS = 12
 PIN = 0.001  # of the resource that every node has one of, and that bears its address
 BESIDE_NICENESS = 10  # of what is no rank: a rank that is held up holds up all others
+NODE_ID = "ray.io/node-id"  # a label that every node has
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "RAY_worker_niceness": "0"}
 
 
@@ -230,13 +231,17 @@ class Cluster:
     def start_controller(self, factory: str, payload: Mapping[str, Any], *, log: str | None = None) -> Remote:
         """The run's controller, which Ray starts again wherever it can if it is lost.
 
-        It lives on the driver's node: the run directory may be on a disk of that machine, and a run then depends on no other.
+        It begins on the driver's node: the run directory may be on a disk of that machine. Should that machine be lost, another
+        one of somebody's cluster starts it again, to end the run in order.
         """
         here = ray.get_runtime_context().get_node_id()
         node, ip = next(((node.name, node.ip) for node in self.nodes() if node.ray_id == here), ("", ""))
+        if self.control is None:
+            wish = {"label_selector": {NODE_ID: here}, "fallback_strategy": [{"label_selector": {NODE_ID: "!in(none)"}}]}
+            return self._start("controller", node, factory, payload, log, None, num_cpus=0, restarts=-1, more=wish)
         where = NodeAffinitySchedulingStrategy(here, soft=True)
-        pin = {f"node:{ip}": PIN} if ip else {}  # the soft wish alone is forgotten by a raylet that has just started
-        return self._start("controller", node, factory, payload, log, where, num_cpus=0, restarts=-1, resources=pin)
+        pin = {"resources": {f"node:{ip}": PIN} if ip else {}}  # a soft wish alone is forgotten by a raylet that has just started
+        return self._start("controller", node, factory, payload, log, where, num_cpus=0, restarts=-1, more=pin)
 
     def find_controller(self, timeout_s: float = 0.0) -> Remote | None:
         """The run's controller, or None if there is none within the time."""
@@ -271,6 +276,10 @@ class Cluster:
         """Give notice to a node, as a cloud does before it takes a machine back. It then shows as `draining`."""
         give_notice(ray.get_runtime_context().gcs_address, self._alive(node).ray_id, deadline_s=deadline_s)
 
+    def head(self) -> str:
+        """The address of Ray's head (its GCS), whatever name the cluster was joined under."""
+        return str(ray.get_runtime_context().gcs_address)
+
     def own_ip(self) -> str:
         """The address under which other nodes reach this process."""
         return str(ray.util.get_node_ip_address())
@@ -294,12 +303,12 @@ class Cluster:
         factory: str,
         payload: Mapping[str, Any],
         log: str | None,
-        where: object,
+        where: object | None,
         *,
         num_cpus: float,
         num_gpus: float = 0,
         restarts: int = 0,
-        resources: Mapping[str, float] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> Remote:
         options: dict[str, Any] = {
             "name": f"{name}~{secrets.token_hex(3)}",  # a dead actor's name may not be free yet
@@ -308,8 +317,8 @@ class Cluster:
             "max_restarts": restarts,
             "num_cpus": num_cpus,
             "num_gpus": num_gpus,
-            "resources": dict(resources or {}),
-            "scheduling_strategy": where,
+            **({} if where is None else {"scheduling_strategy": where}),
+            **(more or {}),
         }
         address = ""
         if self.control is None:  # a local cluster's processes have this environment from the start
@@ -368,7 +377,7 @@ class Cluster:
                         strategy="STRICT_PACK",
                         name=name,
                         lifetime="detached",
-                        bundle_label_selector=[{"ray.io/node-id": node.ray_id}] * num,
+                        bundle_label_selector=[{NODE_ID: node.ray_id}] * num,
                     )
             return self._groups[node.ray_id]
 

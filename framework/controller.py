@@ -52,6 +52,7 @@ from parallel.layout import Layout
 KEEP_S = 0.5
 ABORT_S = 12.0  # who has been severed is out at once: who is not out after this is stuck
 STOP_S = 60.0
+ALONE_LOOK_S = 3.0
 ROWS_S = 3.0
 MAX_FAILURES = 3  # at the same step, without one step of progress between
 
@@ -99,6 +100,8 @@ class Controller:
         self._response: Response | None = None
         self._tried = Tried()
         self._vitals = Vitals()
+        self._called, self._running = threading.Event(), threading.Lock()
+        threading.Thread(target=self._run_alone, daemon=True, name="alone").start()
 
     def _gauge(self) -> Gauge:
         """Where Prometheus finds this run's gauges."""
@@ -119,9 +122,17 @@ class Controller:
 
     def run(self) -> dict[str, Any]:
         """The whole run. Returns the summary, `exit_code` included; called again, the same one."""
-        if self._summary is None:
-            self._summary = self._whole_run()
-        return self._summary
+        self._called.set()
+        with self._running:
+            if self._summary is None:
+                self._summary = self._whole_run()
+            return self._summary
+
+    def _run_alone(self) -> None:
+        """Started again because the driver's machine was lost, nobody calls `run`: then the run is ended in order, by itself."""
+        while not self._called.wait(ALONE_LOOK_S):
+            if self._cluster.driver_is_gone():
+                self.run()
 
     def _whole_run(self) -> dict[str, Any]:
         try:

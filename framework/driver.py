@@ -21,9 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from framework import run_dir
 from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError, WorkerDied
 from framework.config import Config, plain
-from framework.durable import check_same, resolve, tracking_of
+from framework.durable import check_same, newest_of, resolve, tracking_of
+from framework.head_watch import HeadWatch
 from framework.local_cluster import LocalCluster
 from framework.nodes import DOMAIN_LABEL, Exit, complaint
 from framework.progress import make_progress
@@ -83,9 +85,10 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
                     "startup": startup.plain(),
                 }
                 log = str(Path(config.run_dir).resolve() / "logs" / "controller.log")
-                controller = cluster.start_controller("framework.controller:Controller", payload, log=log)
-                _await_constructor(controller, interrupts)
-                summary = _follow(cluster, controller, shown, interrupts)
+                with _head_watched(cluster, config, shown):
+                    controller = cluster.start_controller("framework.controller:Controller", payload, log=log)
+                    _await_constructor(controller, interrupts)
+                    summary = _follow(cluster, controller, shown, interrupts)
     except ClusterError as error:
         raise ValueError(str(error)) from error
     finally:
@@ -158,6 +161,25 @@ def _opened(config: Config, run_id: str, startup: Startup, early: LocalCluster |
         yield cluster
     finally:
         cluster.close()
+
+
+@contextmanager
+def _head_watched(cluster: Cluster, config: Config, shown: Telemetry) -> Iterator[None]:
+    """A run on somebody's cluster ends with a last word when Ray's head is lost; a local cluster's head dies with its driver."""
+    if cluster.control is not None:
+        yield
+        return
+
+    def gone(reason: str) -> None:
+        saved = newest_of(config) or config.resume  # its own, or that which it began from
+        way = f"a checkpoint exists: go on with resume={saved}" if saved else "no checkpoint exists: start again, with fault_tolerance.durable.every_steps set"
+        summary = {"status": "failed", "reason": f"{reason}; Ray ends, and the run with it; {way}"}
+        run_dir.give_up(config.run_dir, summary)
+        _last_word(config, summary)
+        os._exit(EXIT_CODES["failed"])  # whatever would be asked of Ray now would wait for its head
+
+    with HeadWatch(cluster.head(), tell=lambda text: shown.event(_notice(text)), gone=gone):
+        yield
 
 
 def _await_constructor(controller: Remote, interrupts: _Interrupts) -> None:

@@ -50,6 +50,11 @@ def resolve(resume: str | None, *, own: str) -> str | None:
     return found if "://" in found else str(Path(found).absolute())
 
 
+def newest_of(config: Config) -> str | None:
+    """The newest checkpoint that a run has saved itself, wherever it keeps them."""
+    return shelf.newest(config.fault_tolerance.durable.dir or f"{config.run_dir}/checkpoints")
+
+
 def _newest(place: str) -> str | None:
     return next((found for root in _roots(place) if (found := shelf.newest(root)) is not None), None)
 

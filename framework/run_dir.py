@@ -133,6 +133,14 @@ def summary(path: str | Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
+def give_up(path: str | Path, values: Mapping[str, Any]) -> None:
+    """The summary of a run whose controller cannot write one any more; one that it has written stays."""
+    file, rows = Path(path) / "summary.json", metrics(path)
+    if not file.exists():
+        steps = {"steps": rows[-1]["step"], "final_loss": rows[-1]["loss"], "layout": rows[-1]["layout"]} if rows else {"steps": 0}
+        _replace(file, json.dumps(clean({**steps, **values}), indent=2, allow_nan=False) + "\n")
+
+
 def config(path: str | Path) -> dict[str, Any]:
     """The plain config. Raises ValueError if there is no run in this directory."""
     file = Path(path) / "config.yaml"

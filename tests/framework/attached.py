@@ -28,14 +28,14 @@ print(json.dumps({"actors": actors, "groups": groups, "keys": [k.decode() for k 
 NOTHING: dict[str, list[str]] = {"actors": [], "groups": [], "keys": []}
 
 
-def train(ray: RayCluster, run: Path, *overrides: str, num_nodes: int, steps: int) -> subprocess.Popen[bytes]:
-    """A run, from the command line of the cluster's first node: data parallel, one worker a node, a snapshot a step."""
+def train(ray: RayCluster, run: Path, *overrides: str, num_nodes: int, steps: int, node: int = 0) -> subprocess.Popen[bytes]:
+    """A run, from the command line of one of the cluster's nodes: data parallel, one worker a node, a snapshot a step."""
     words = [
         HOLDFAST, "train", "model=tiny", "data=synthetic", f"optim.num_steps={steps}", "optim.global_batch=12", "monitor=quiet",
         f"cluster.address={ray.address}", f"cluster.num_nodes={num_nodes}", "cluster.min_nodes=1", "layout.pp=1", "layout.tp=1",
         f"layout.dp={num_nodes}", "fault_tolerance.every_steps=1", f"run_dir={run}", *overrides,
     ]  # fmt: skip
-    return subprocess.Popen(ray.command(0, words), env=ray.env, cwd=run.parent, stderr=subprocess.PIPE)
+    return subprocess.Popen(ray.command(node, words), env=ray.env, cwd=run.parent, stderr=subprocess.PIPE)
 
 
 def wait_for_step(process: subprocess.Popen[bytes], run: Path, holds: Callable[[dict[str, Any]], bool], timeout_s: float) -> float:

@@ -35,3 +35,33 @@ def test_a_host_that_is_cut_off_is_done_without_in_seconds_and_taken_back_when_i
     assert first["steps_lost"] <= 1, "a snapshot of every step, and nobody goes further than one step from it"
     layouts = list(dict.fromkeys((row["generation"], row["layout"]) for row in run_dir.metrics(run)))
     assert [layout for _, layout in layouts] == ["1x3x1", "1x2x1", "1x3x1"], layouts
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
+def test_the_machine_of_the_command_is_lost_and_then_ray_s_head(tmp_path: Path) -> None:
+    """With the command's machine went the controller, which was bound to it: workers, vaults and reservations stayed in the
+    cluster for ever. With the head, Ray ended the command after a minute, with code 1 and without a word.
+    """
+    first, second = tmp_path / "first", tmp_path / "second"
+    with Boxes(3) as boxes, RayCluster(boxes=boxes, head_cpus=0) as ray:
+        process = train(ray, first, num_nodes=2, steps=100_000, node=1)
+        wait_for_step(process, first, lambda row: row["step"] >= 8, 150)
+        ray.crash(1)
+        process.wait(30)
+        deadline = time.monotonic() + 180
+        while run_dir.summary(first) is None or left_behind(ray) != NOTHING:
+            assert time.monotonic() < deadline, left_behind(ray)
+            time.sleep(2)
+        summary = run_dir.summary(first)
+        assert summary is not None and summary["status"] == "interrupted" and [i["kind"] for i in summary["incidents"]][0] == "controller"
+
+        process = train(ray, second, "resume=auto", num_nodes=1, steps=100_000, node=2)
+        wait_for_step(process, second, lambda row: row["step"] >= summary["steps"] + 3, 150)
+        assert run_dir.metrics(second)[0]["step"] == summary["steps"] + 1
+        ray.crash(0)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 3 and b"Ray's head at 10.77.0.1:" in said and b"checkpoint" in said, said.decode()[-2000:]
+        ended = run_dir.summary(second)
+        assert ended is not None and ended["status"] == "failed" and "Ray's head" in ended["reason"]

@@ -104,3 +104,12 @@ def test_two_runs_in_one_second_have_two_names_and_the_newest_is_found(tmp_path)
                 os.utime(file, (1000 - age, 1000 - age))
     assert list(map(str, run_dirs(tmp_path))) == sorted(names)[:3]
     assert run_dirs(tmp_path / "none") == []
+
+
+def test_a_run_whose_controller_cannot_write_its_end_gets_one_all_the_same_and_never_over_another(tmp_path):
+    directory = RunDir(tmp_path)
+    run_dir.give_up(tmp_path, {"status": "failed", "reason": "the head is gone"})
+    assert run_dir.summary(tmp_path) == {"steps": 0, "status": "failed", "reason": "the head is gone"}
+    run_dir.give_up(tmp_path, {"status": "failed", "reason": "again"})
+    assert run_dir.summary(tmp_path)["reason"] == "the head is gone"
+    directory.close()
