@@ -26,6 +26,7 @@ from typing import TypeVar
 
 from framework import run_dir
 from framework.campaign import Campaign, read, write
+from framework.checkout import code
 from framework.drill_sets import DRILLS, MATRIX, random_drill
 from framework.drills import Check, Drill, Ending, checks, ending
 from framework.matrix import cells, left_to_do
@@ -112,7 +113,7 @@ def _matrix(arguments: Sequence[str]) -> int:
         return 0
     own = ("matrix", "layout=", "into=", "steps=")
     words = [*MATRIX, f"optim.num_steps={steps}", *(word for word in arguments if not word.startswith(own))]
-    twin = root / f"twin-{steps}"
+    twin = root / f"twin-{steps}-{code().digest[:6]}"  # of the same program: formats change
     if (run_dir.summary(twin) or {}).get("status") != "finished":
         shutil.rmtree(twin, ignore_errors=True)
         _train(twin, [*words, "cluster.num_nodes=1", "cluster.workers_per_node=1", "layout.pp=1", "layout.dp=1", "layout.tp=1"])
