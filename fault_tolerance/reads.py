@@ -79,12 +79,12 @@ def plan_reads(index: Index, wanted: Iterable[Piece]) -> list[Read]:
     return sorted(reads, key=lambda read: (read.shard.file, read.extent.offset, read.fit.spans))
 
 
-def groups(reads: Iterable[Read], size: int = SLAB_BYTES) -> list[list[Read]]:
-    """Planned reads in groups of one file and about so many bytes: the work of one thread at a time."""
+def groups(reads: Iterable[Read]) -> list[list[Read]]:
+    """Planned reads in groups of one file and about 16 MiB: the work of one thread at a time."""
     out: list[list[Read]] = []
     total = 0
     for read in reads:
-        if not out or out[-1][0].shard is not read.shard or total + read.fit.num_bytes > size:
+        if not out or out[-1][0].shard is not read.shard or total + read.fit.num_bytes > SLAB_BYTES:
             out.append([])
             total = 0
         out[-1].append(read)
