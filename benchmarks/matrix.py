@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from framework.campaign import read
-from framework.matrix import table
+from framework.matrix import cells, table
 
 LAYOUTS = ("2x2x2", "1x4x2", "2x4x1", "4x2x1")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -44,7 +44,7 @@ def main(into: Path) -> None:
         "An entry is the seconds from the kill to the first new step (of both recoveries, where there were two), and the steps lost.",
         "`recovery`: of one node, while a killed worker of its neighbour is being replaced; of two, the second while the first is.",
         "",
-        f"{when[0]} to {when[-1]} UTC, {platform.machine()}, {os.cpu_count()} cores that did other work at the same time. {len(held)} cells held, "
+        f"{len({row['cell'] for row in held})} of {len(LAYOUTS) * len(cells(LAYOUTS[0], nodes=4, most=2))} cells have been done. {when[0]} to {when[-1]} UTC, {platform.machine()}, {os.cpu_count()} cores that did other work at the same time. {len(held)} cells held, "
         f"{len(done) - len(held)} tries did not. Back after {statistics.median(back):.1f} s (median), {back[int(0.95 * (len(back) - 1))]:.1f} s (95 of 100), "
         f"{back[-1]:.1f} s at most; steps lost: " + ", ".join(f"{n} in {sum(r['steps_lost'] == n for r in held)}" for n in sorted({r["steps_lost"] for r in held})) + ".",
         table(done, LAYOUTS, nodes=4, most=2),
