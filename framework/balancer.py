@@ -26,10 +26,9 @@ class Balancer:
         self._journal, self._sentinel, self._request, self._tried = journal, sentinel, request, tried
         self.now: Balancing | None = None
 
-    def begin(self, verdict: Verdict, shares: Shares, *, before_s: float, healthy_s: float) -> None:
+    def begin(self, verdict: Verdict, shares: Shares, *, before_s: float, healthy_s: float, longest_s: float) -> None:
         """Have the replicas take these shares, for somebody is slow."""
-        longest_s = max(self._sentinel.computing_s().values(), default=before_s)
-        self.now = Balancing(verdict, shares, before_s, healthy_s, longest_s, time.monotonic())
+        self.now = Balancing(verdict, shares, before_s, healthy_s, longest_s or before_s, time.monotonic())
         self._sentinel.work_changed(self._journal.reached, alike=False)  # ranks may take them before they have told of it
         self._request(shares.samples)
 

@@ -13,9 +13,10 @@ Rule of this file: it tells and asks; what the records mean is the detector's, w
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ UNEXPLAINED = ("hang", "crash")
 @dataclass(slots=True)
 class Case:
     """Somebody slow: since which step, seen last in which, whether a test has confirmed it, when to test or to weigh again,
-    what was said last, and what had been lost before `since`."""
+    what was said last, what had been lost before `since`, and what was seen at every look: how many times slower, and how long the slowest computed."""
 
     since: int
     seen: int = 0
     lost_s: float = 0.0
+    severities: list[float] = field(default_factory=list)
+    longest_s: float = 0.0
     asked_s: float | None = None
     confirmed: Verdict | None = None
     test_at: int = 0
@@ -162,6 +165,8 @@ class Response:
         now, reached = time.monotonic(), self._journal.reached
         case = self._cases.setdefault(verdict.key, Case(since=max(0, reached - ONSET_STEPS)))
         case.seen = reached
+        case.severities.append(verdict.severity)
+        case.longest_s = max([case.longest_s, *self._sentinel.computing_s().values()])
         if self._config.detect.action == "observe":
             return None
         if case.confirmed is None:
@@ -173,7 +178,7 @@ class Response:
         if now < case.weigh_at_s:
             return None
         case.weigh_at_s = now + 1.0
-        return self._chosen(verdict, case)
+        return self._chosen(replace(verdict, severity=statistics.fmean(case.severities)), case)
 
     def _chosen(self, verdict: Verdict, case: Case) -> Trouble | None:
         step_s, healthy_s = self._balancer.times(verdict) or self._sentinel.step_times(verdict)
@@ -202,7 +207,7 @@ class Response:
             )
         if choice.action is Action.REBALANCE and shares is not None:
             case.lost_s, case.since = lost_s, self._journal.reached
-            self._balancer.begin(verdict, shares, before_s=step_s, healthy_s=healthy_s)
+            self._balancer.begin(verdict, shares, before_s=step_s, healthy_s=healthy_s, longest_s=case.longest_s)
         if choice.action in (Action.IGNORE, Action.REBALANCE):
             return None
         if choice.action is Action.RESEAT:
@@ -219,7 +224,7 @@ class Response:
             return None
         if why := self._tried.unequal.get(verdict.nodes[-1]) or self._tried.unequal.get(""):
             return Shares((), step_s, why)
-        known = [v for v in self._sentinel.active() if (c := self._cases.get(v.key)) and c.confirmed and v.kind == verdict.kind]
+        known = [verdict if v.key == verdict.key else v for v in self._sentinel.active() if (c := self._cases.get(v.key)) and c.confirmed and v.kind == verdict.kind]
         return relief(
             self._config, self._plan.layout, self._plan.num_microbatches, known or [verdict], step_s=step_s, healthy_s=healthy_s
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,26 @@ def test_unequal_shares_end_when_somebody_computes_otherwise_than_with_them_at_f
     at.seen.see(SLOW)
     at.response.look()
     assert at.asked == 2
+
+
+def test_one_look_that_saw_little_neither_sets_the_shares_nor_ends_them(scene: Callable[..., Scene]) -> None:
+    """A worker with a third of the time was seen as 2.86 times as slow, then as 1.70; shares were dealt by the 1.70 and given up at once,
+    for it computed longer with them than it had in that look.
+    """
+    at = scene(global_batch=32)
+    at.reach(16)
+    at.seen.see(SLOW)
+    at.response.look()
+    at.test(16, [0.01, 0.01, 0.03, 0.01])
+    at.seen.see(replace(SLOW, severity=1.6))
+    at.seen.computing = {0: 0.1, 1: 0.1, 2: 0.16, 3: 0.1}
+    at.response.look()
+    assert at.shares == [(10, 9, 4, 9)], "by 2.3, the mean"
+    at.response.heard([{"event": "shares", "step": 17, "shares": [10, 9, 4, 9], "reason": "replicas take"}])
+    at.seen.computing = {0: 0.12, 1: 0.12, 2: 0.18, 3: 0.12}
+    at.reach(30)
+    at.response.look()
+    assert len(at.shares) == 1 and not at.response._tried.unequal
 
 
 def test_shares_that_do_not_help_are_taken_back_and_not_tried_again(scene: Callable[..., Scene]) -> None:
