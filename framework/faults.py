@@ -50,6 +50,7 @@ KINDS = (
     "kill_worker", "kill_node", "stop_worker", "hang", "slow_worker", "slow_link", "partition", "preempt", "add_node",
     "corrupt_block", "raise", "poison", "flip_bit",
 )  # fmt: skip
+OF_A_SNAPSHOT = ("staging", "encode", "transfer")  # a step whose snapshot is left out has none of these: then at the next one
 FROM_AFAR = ("kill_node", "partition", "preempt", "add_node")  # another machine can do it to one that has no rank
 INLINE = ("raise", "hang", "slow_worker", "poison", "flip_bit")  # carried out by the training thread itself
 
@@ -144,7 +145,8 @@ class FaultInjector:
         """Fire what is due at this step and phase. `expected_s`: how long the pass that begins now should take."""
         self._listen()
         for index, fault in list(self._armed):
-            if fault.phase != phase or not (fault.step == step or (fault.step < step and isinstance(index, str))):
+            late = fault.step < step and (isinstance(index, str) or phase in OF_A_SNAPSHOT)
+            if fault.phase != phase or not (fault.step == step or late):
                 continue
             self._armed.remove((index, fault))
             share = {"forward": 0.1, "backward": 0.7}.get(phase)

@@ -42,6 +42,15 @@ def test_a_fault_fires_at_its_step_and_phase_and_never_again(tmp_path: Path) -> 
     injector([fault], tmp_path).at(3, "optimizer")  # the step is done again after a recovery
 
 
+def test_a_fault_of_a_snapshot_that_was_left_out_fires_at_the_next_one(tmp_path: Path) -> None:
+    """A machine was to be killed while step 10 was encoded; that snapshot was left out, and the run finished unhurt."""
+    faults = injector([Fault(step=10, kind="raise", phase="encode", rank=0), Fault(step=10, kind="raise", phase="optimizer", rank=0)], tmp_path)
+    faults.at(11, "optimizer")
+    with pytest.raises(InjectedError):
+        faults.at(11, "encode")
+    faults.at(12, "encode")
+
+
 def test_a_fault_of_a_node_is_fired_by_its_lowest_rank(tmp_path: Path) -> None:
     fault = Fault(step=1, kind="raise", phase="staging", node="n0")
     injector([fault], tmp_path, rank=5, leads=False).at(1, "staging")
