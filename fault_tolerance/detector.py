@@ -107,6 +107,11 @@ class Detector:
         return max((ring.step for ring in self.rings.values()), default=0)
 
     @property
+    def suspects(self) -> bool:
+        """Whether somebody is slow in the newest windows, though not in enough of them yet."""
+        return any(self._held.values()) or any(self._held_others.values())
+
+    @property
     def usual_step_s(self) -> float:
         """The median of the newest steps of some rank; 0 while there is none."""
         known = next(iter(self._spans.values()), {})

@@ -3,7 +3,7 @@
     agents of the plan's nodes --rings--> Detector (fault_tolerance/detector.py) --> verdicts, for the controller to take
 
 A thread of its own, so that a node that does not answer never holds the controller up. While all is well it looks every other
-step; as soon as somebody stands still, is stopped or is under a verdict, twice a second. It spends at most a fiftieth of its
+step, while somebody is suspected of being slow after each; as soon as somebody stands still, is stopped or is under a verdict, twice a second. It spends at most a fiftieth of its
 time: where judging takes long, it looks more rarely.
 
 Rule of this file: it looks and remembers. What follows from a verdict is decided in `response.py`.
@@ -69,9 +69,14 @@ def record_at_once(plan: Plan, agents: Mapping[str, Remote]) -> bool:
     return not any(_said(call) for call in calls)
 
 
-def pause_s(step_s: float, spent_s: float, *, calm: bool, look_s: float = LOOK_S) -> float:
-    """Until the next look: by how long a step takes, whether there is anything to worry about, and what a look costs."""
+def pause_s(step_s: float, spent_s: float, *, calm: bool, suspects: bool = False, look_s: float = LOOK_S) -> float:
+    """Until the next look: by how long a step takes, whether there is anything to worry about, and what a look costs.
+
+    While somebody is suspected of being slow, every step counts.
+    """
     wanted = min(max(look_s, LOOK_STEPS * step_s), CALM_S) if calm else look_s
+    if suspects and step_s > 0:
+        wanted = min(wanted, step_s)
     return max(wanted, spent_s / SHARE)
 
 
@@ -156,7 +161,7 @@ class Sentinel:
         while not self._over.wait(pause):
             try:
                 spent_s = self._observe()
-                pause = pause_s(self._detector.usual_step_s, spent_s, calm=self._calm, look_s=self._look_s)
+                pause = pause_s(self._detector.usual_step_s, spent_s, calm=self._calm, suspects=self._detector.suspects, look_s=self._look_s)
             except Exception as error:  # a fault in judging must not end a run that trains; it is told once
                 self.failure = f"{type(error).__name__}: {error}"
                 return

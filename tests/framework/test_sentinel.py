@@ -21,6 +21,12 @@ def test_twice_a_second_when_somebody_stands_still():
     assert pause_s(30.0, 0.005, calm=False) == LOOK_S
 
 
+def test_after_each_step_while_somebody_is_suspected_of_being_slow():
+    assert pause_s(0.2, 0.001, calm=True, suspects=True) == 0.2
+    assert pause_s(30.0, 0.001, calm=True, suspects=True) == CALM_S
+    assert pause_s(0.1, 0.005, calm=True, suspects=True) == 0.005 / SHARE
+
+
 def test_judging_that_takes_long_is_done_more_rarely():
     assert pause_s(0.4, 0.1, calm=False) == 0.1 / SHARE
 
