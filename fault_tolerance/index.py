@@ -34,6 +34,10 @@ FORMAT = "holdfast-checkpoint"
 VERSION = 2
 
 
+class OtherVersion(ValueError):
+    """A checkpoint that another version of this program wrote: whole, but not ours to read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """A stored piece of a tensor: from byte `offset` of a shard file; its first unit has hash number `first_hash`."""
@@ -130,7 +134,7 @@ def dump(index: Index) -> str:
 
 
 def load(text: str, *, where: str) -> Index:
-    """The inverse of `dump`. Raises ValueError when the text is torn, changed, foreign or of another version."""
+    """The inverse of `dump`. Raises ValueError when the text is torn, changed or foreign, OtherVersion."""
     try:
         plain = json.loads(text)
     except ValueError as error:
@@ -138,7 +142,7 @@ def load(text: str, *, where: str) -> Index:
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         raise ValueError(f"{where}: is not the index of a checkpoint (no format {FORMAT!r})")
     if plain.get("version") != VERSION:
-        raise ValueError(f"{where}: version must be {VERSION}, got {plain.get('version')}; use the Holdfast that wrote it")
+        raise OtherVersion(f"{where}: version must be {VERSION}, got {plain.get('version')}; use the Holdfast that wrote it")
     head, _, body = text.partition("\n")
     if head != _head(_hash(body)):
         raise ValueError(f"{where}: was changed after it was written (its own hash does not match)")

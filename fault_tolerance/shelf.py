@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable
 
 from fault_tolerance.checkpoint import INDEX, Checkpoint
+from fault_tolerance.index import OtherVersion
 from fault_tolerance.storage import Storage, StorageError, open_storage
 
 _STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -29,11 +30,18 @@ def checkpoints(root: str) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def newest(root: str) -> str | None:
-    """The path of the newest committed checkpoint whose index is intact, or None."""
+def newest(root: str, *, ours: bool = True) -> str | None:
+    """The path of the newest committed checkpoint whose index is intact, or None.
+
+    Those of another version are passed over; with `ours=False` the newest may not be one: raises OtherVersion.
+    """
     for path in reversed(checkpoints(root).values()):
         try:
             Checkpoint.open(path)
+        except OtherVersion:
+            if not ours:
+                raise
+            continue
         except (ValueError, StorageError):  # damaged on disk after its commit: an older one is better than none
             continue
         return path

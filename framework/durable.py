@@ -56,7 +56,7 @@ def newest_of(config: Config) -> str | None:
 
 
 def _newest(place: str) -> str | None:
-    return next((found for root in _roots(place) if (found := shelf.newest(root)) is not None), None)
+    return next((found for root in _roots(place) if (found := shelf.newest(root, ours=False)) is not None), None)
 
 
 def tracking_of(path: str) -> str | None:

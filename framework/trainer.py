@@ -86,8 +86,8 @@ class TrainSettings:
 
     `interval` is how often to snapshot, by what one costs and a step takes, in seconds; 0 steps means never. One is taken
     whenever `durable_every` steps are full, too, for storage. With `max_steps_lost`, training waits rather than be further
-    ahead of the newest protected snapshot. `dp`: how many replicas share the global batch. `mfu` is the model FLOPs utilisation of a step of so many seconds, on the rank
-    that reports.
+    ahead of the newest protected snapshot. `dp`: how many replicas share the global batch. `mfu` is the model FLOPs utilisation
+    of a step of so many seconds, on the rank that reports.
     """
 
     num_steps: int

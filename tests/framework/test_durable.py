@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fault_tolerance import shelf
+from fault_tolerance.checkpoint import INDEX
 from fault_tolerance.index import entry_to_plain
 from fault_tolerance.shard import write_shard
 from framework.config import decode
@@ -157,6 +158,19 @@ def test_auto_is_the_newest_checkpoint_beside_the_run_and_none_where_there_is_no
     assert resolve(found, own=own) == found
     monkeypatch.chdir(tmp_path)
     assert resolve("runs/a", own=own) == found, "as another process finds it"
+
+
+def test_auto_says_when_the_newest_checkpoint_is_of_another_version_and_does_not_begin_anew(tmp_path: Path) -> None:
+    """It was passed over like a damaged one: after an upgrade of the program, a job that goes on by itself lost all that it had learnt."""
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("fault_tolerance: {durable: {dir: null}}\n")
+    save(durable(run), 3, Agent())
+    index = run / "checkpoints" / "step_000003" / INDEX
+    index.write_text(index.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(ValueError, match="version must be 2, got 1; use the Holdfast that wrote it"):
+        resolve("auto", own=str(tmp_path / "runs" / "b"))
+    assert shelf.newest(str(run / "checkpoints")) is None, "for a run under way it is none of its own"
 
 
 def test_a_changed_config_is_refused_or_written_down_by_key(tmp_path: Path) -> None:
