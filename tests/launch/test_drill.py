@@ -65,7 +65,7 @@ def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sam
 @pytest.mark.slow
 def test_a_run_goes_through_losses_one_after_the_other_and_each_is_written_down(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "launch.main", "drill", "matrix", "layout=1x4x1", "steps=250", "into=cells"],
+        [sys.executable, "-m", "launch.main", "drill", "matrix", "layout=1x4x1", "steps=150", "into=cells"],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HOLDFAST_CACHE": str(cache_dir())},
         capture_output=True,
