@@ -8,8 +8,8 @@ A fault fires once in the life of a run, however often its step is done again: w
     forward  backward  optimizer  staging  encode  transfer      and  recovery: while state is being restored
 
 `forward` and `backward` fire from a timer inside the pass (a tenth and seven tenths into the last one's duration),
-`staging` just before that step's snapshot begins, `encode` and `transfer` as soon as it has, the others where their
-name says. Each is carried out by the victim itself; what happens to a node without a rank, by rank 0.
+`staging` just before that step's snapshot begins, `encode` when its copy should be done (one duration of the last copy
+later) and `transfer` half as long after that, the others where their name says. Each is carried out by the victim itself; what happens to a node without a rank, by rank 0.
 
 With `drill.on_call` faults may also be called for while the run goes on: a line of JSON, with the same keys, appended to
 `<run_dir>/drill/calls.jsonl` (`call`). One that was called for fires at its step or at the first one after it.
@@ -51,6 +51,7 @@ KINDS = (
     "corrupt_block", "raise", "poison", "flip_bit",
 )  # fmt: skip
 OF_A_SNAPSHOT = ("staging", "encode", "transfer")  # a step whose snapshot is left out has none of these: then at the next one
+SHARES = {"forward": 0.1, "backward": 0.7, "encode": 1.0, "transfer": 1.5}  # when, in times of what is given as expected
 FROM_AFAR = ("kill_node", "partition", "preempt", "add_node")  # another machine can do it to one that has no rank
 INLINE = ("raise", "hang", "slow_worker", "poison", "flip_bit")  # carried out by the training thread itself
 
@@ -142,14 +143,14 @@ class FaultInjector:
         self._calls, self._heard = directory / CALLS if on_call else None, (0, 0)
 
     def at(self, step: int, phase: str, *, expected_s: float = 0.0) -> None:
-        """Fire what is due at this step and phase. `expected_s`: how long the pass that begins now should take."""
+        """Fire what is due at this step and phase. `expected_s`: how long the pass, or the copy, that begins now should take."""
         self._listen()
         for index, fault in list(self._armed):
             late = fault.step < step and (isinstance(index, str) or phase in OF_A_SNAPSHOT)
             if fault.phase != phase or not (fault.step == step or late):
                 continue
             self._armed.remove((index, fault))
-            share = {"forward": 0.1, "backward": 0.7}.get(phase)
+            share = SHARES.get(phase)
             if share is None or fault.kind in INLINE:
                 self._fire(index, fault)
             else:

@@ -61,6 +61,10 @@ class Staging:
             time.sleep(0.002)
         return time.monotonic() - began
 
+    def copy_s(self) -> float:
+        """How long the last copy took, in the background."""
+        return self._snapshotter.copy_s
+
     def cost_s(self) -> float:
         """What the last snapshot cost this rank."""
         return self._snapshotter.cost_s()

@@ -63,6 +63,8 @@ class Snapshots(Protocol):
 
     def cost_s(self) -> float: ...
 
+    def copy_s(self) -> float: ...
+
     def has_room(self) -> bool: ...
 
     def staged(self, step: int) -> dict[Piece, Tensor]: ...
@@ -408,8 +410,8 @@ class Trainer:
         self._snapshots.begin(step, {"step": step, "samples": samples}, self._engine.state())
         self._last_snapshot = step
         self._want.clear()
-        self._faults.at(step, "encode")
-        self._faults.at(step, "transfer")
+        for phase in ("encode", "transfer"):
+            self._faults.at(step, phase, expected_s=self._snapshots.copy_s())
 
     def _anywhere(self, here: bool) -> bool:
         """Whether it is so on any rank. A collective: asked before a snapshot that must be taken, since a vault has

@@ -105,6 +105,20 @@ def test_a_fault_inside_a_pass_fires_from_a_timer(tmp_path: Path) -> None:
     assert time.monotonic() - began > 0.2
 
 
+@pytest.mark.parametrize(("phase", "after_s"), [("encode", 0.2), ("transfer", 0.3)])
+def test_a_fault_while_a_snapshot_is_coded_or_on_its_way_waits_for_its_copy(phase: str, after_s: float, tmp_path: Path) -> None:
+    """Both once fired as soon as the copy had begun, which was the one moment that neither of them meant."""
+
+    def work() -> None:
+        injector([Fault(step=1, kind="kill_worker", phase=phase, rank=0)], tmp_path).at(1, phase, expected_s=0.2)
+        time.sleep(5.0)
+        os._exit(0)
+
+    began = time.monotonic()
+    assert exit_code(work) == -signal.SIGKILL
+    assert time.monotonic() - began > after_s
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -104,6 +104,9 @@ class Vaults:
     def cost_s(self) -> float:
         return 0.0
 
+    def copy_s(self) -> float:
+        return 0.0
+
     def why_not_ready(self) -> str:
         return "slow"
 
