@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from framework.answering import Answering, takes_connections
 from framework.checkout import code
-from framework.host import tail
+from framework.host import BESIDE_NICENESS, tail
 from framework.local_cluster import LocalCluster
 from framework.machines import Machines
 from framework.nodes import (
@@ -56,7 +56,6 @@ ACCEPT_S = 0.5
 ANSWER_S = 2.0  # of a machine's kernel, one lost packet included
 ID_CHARS = 12
 PIN = 0.001  # of the resource that every node has one of, and that bears its address
-BESIDE_NICENESS = 10  # of what is no rank: a rank that is held up holds up all others
 NODE_ID = "ray.io/node-id"  # a label that every node has
 REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "RAY_worker_niceness": "0"}
 

@@ -20,6 +20,7 @@ from framework.checkout import code
 from framework.network import interfaces, socket_environment
 
 TAIL_BYTES = 16_384
+BESIDE_NICENESS = 10  # of what is no rank: a rank that is held up holds up all others
 
 
 class Host:
@@ -85,10 +86,17 @@ class Host:
 
 
 def stand_back(niceness: int) -> None:
-    """Let processes of less niceness go first on a processor: all threads of this one, which Linux asks for one by one."""
-    for thread in Path("/proc/self/task").iterdir() if niceness else ():
+    """Let processes of less niceness go first on a processor: all threads of this one, which Linux asks for one by one, and its
+    session, where Linux weighs sessions first (sched(7), autogroup).
+    """
+    if not niceness:
+        return
+    for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.setpriority(os.PRIO_PROCESS, int(thread.name), niceness)
+    if os.getsid(0) == os.getpid():  # else others are in it
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def load(factory: str) -> Any:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from framework.checkout import ROOT
+from framework.host import BESIDE_NICENESS, stand_back
 from framework.run_dir import clean
 from framework.telemetry import Entry, Happening
 
@@ -133,4 +134,5 @@ def _own_stdin() -> BinaryIO:
 
 
 if __name__ == "__main__":
+    stand_back(BESIDE_NICENESS)
     serve(_own_stdin())

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from framework.cluster import (
-    BESIDE_NICENESS,
     Call,
     CallError,
     Cluster,
@@ -31,6 +30,7 @@ from framework.cluster import (
     wait_all,
     wait_any,
 )
+from framework.host import BESIDE_NICENESS
 from framework.local_cluster import LocalCluster
 from framework.nodes import Exit, joined, machine_names, natural
 from framework.ray_session import connect
@@ -120,6 +120,8 @@ def test_a_rank_goes_before_all_else_on_its_processor(cluster: Cluster, thing: R
     beside.ready().result(START_S)
     assert niceness(thing.pid) == {os.getpriority(os.PRIO_PROCESS, 0)}
     assert niceness(beside.pid) == {BESIDE_NICENESS}
+    if (weight := Path(f"/proc/{beside.pid}/autogroup")).exists():  # where sessions are weighed against each other
+        assert weight.read_text().split()[-1] == str(BESIDE_NICENESS)
     beside.kill()
 
 
