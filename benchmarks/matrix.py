@@ -43,6 +43,7 @@ def main(into: Path) -> None:
         "left nothing behind, and its losses are within 1e-5, its last state within 1e-4, of a fault-free twin's on one worker.",
         "An entry is the seconds from the kill to the first new step (of both recoveries, where there were two), and the steps lost.",
         "`recovery`: of one node, while a killed worker of its neighbour is being replaced; of two, the second while the first is.",
+        "In cells done before 2026-11-26 `encode` and `transfer` struck as soon as the copy began.",
         "",
         f"{len({row['cell'] for row in held})} of {len(LAYOUTS) * len(cells(LAYOUTS[0], nodes=4, most=2))} cells have been done. {when[0]} to {when[-1]} UTC, {platform.machine()}, {os.cpu_count()} cores that did other work at the same time. {len(held)} cells held, "
         f"{len(done) - len(held)} tries did not. Back after {statistics.median(back):.1f} s (median), {back[int(0.95 * (len(back) - 1))]:.1f} s (95 of 100), "

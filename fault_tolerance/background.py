@@ -17,7 +17,7 @@ import contextlib
 import os
 import threading
 
-STEPS = 4  # of nice, a fifth each; and all that is left below 15, where Ray starts its workers
+STEPS = 4  # of nice, a fifth each
 LOWEST = 19
 
 
