@@ -32,6 +32,19 @@ def test_a_drill_that_cannot_be_run_is_refused_before_anything_starts(words: lis
         drill.main(words)
 
 
+def drilled(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`holdfast drill` as a person types it, in an empty directory."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.main", "drill", *words],
+        cwd=home,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(home), "HOLDFAST_CACHE": str(cache_dir())},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
 @pytest.mark.cluster
 def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sample_and_no_loss(tmp_path: Path) -> None:
     """`sooner`: a second node dies before the crew of the first recovery is called. `controller`: killed while it musters,
@@ -39,15 +52,7 @@ def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sam
     busy machine the second node may be gone before the first plan; then it has no incident of its own.
     """
     small = ["cluster.workers_per_node=1", "layout.tp=1", "optim.num_steps=40"]  # of one length: they share their twin
-    result = subprocess.run(
-        [sys.executable, "-m", "launch.main", "drill", "sooner", "controller", *small],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HOLDFAST_CACHE": str(cache_dir())},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    result = drilled(tmp_path, "sooner", "controller", *small)
     logs = "\n".join(path.read_text(errors="replace") for path in tmp_path.glob("runs/drill-*/*.log"))
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{logs}"
     sooner, controller = (
@@ -64,15 +69,7 @@ def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sam
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_goes_through_losses_one_after_the_other_and_each_is_written_down(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "launch.main", "drill", "matrix", "layout=1x4x1", "steps=150", "into=cells"],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HOLDFAST_CACHE": str(cache_dir())},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    result = drilled(tmp_path, "matrix", "layout=1x4x1", "steps=150", "into=cells")
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     done = [json.loads(line) for line in (tmp_path / "cells" / "cells.jsonl").read_text().splitlines()]
     assert done and all(row["held"] and row["steps_lost"] <= 2 for row in done), done
