@@ -56,15 +56,16 @@ class Housekeeper:
                 vault.settle(version, "abandon", reason + ", and nobody said so")
 
     def scrub(self, budget_bytes: float) -> None:
-        """Check chunks in turn until the budget is used up, one at least."""
-        while budget_bytes > 0:
+        """Check chunks in turn until the budget is used up; at most one round is begun, however large the budget is."""
+        around = False
+        while budget_bytes > 0 and not self._vault.closed.is_set():
             item = next(self._chunks, None)
-            if item is None:
-                self._chunks = self._held()
-                item = next(self._chunks, None)
-                if item is None:
-                    return
-            budget_bytes -= self._check(*item)
+            if item is not None:
+                budget_bytes -= self._check(*item)
+            elif around:
+                return
+            else:
+                self._chunks, around = self._held(), True
 
     def _held(self) -> Iterator[tuple[Version, str, int, int]]:
         with self._vault.changed:
@@ -75,11 +76,12 @@ class Housekeeper:
                 yield version, kind, index, chunk
 
     def _check(self, version: Version, kind: str, index: int, chunk: int) -> int:
+        """The bytes that were hashed: none of a chunk that is known to be bad, or gone."""
         vault = self._vault
         with vault.changed:
             segment = version.data if kind == "data" else version.parity
             if version.dropped or segment is None or (kind, index, chunk) in version.bad:
-                return 1
+                return 0
             pool = vault.data_pool if kind == "data" else vault.parity_pool
             pinned = pool.pinned(segment)
             pinned.__enter__()
