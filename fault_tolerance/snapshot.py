@@ -90,8 +90,10 @@ class Snapshotter:
         secret: bytes,
         copy_bytes_s: float | None = None,
         timeout_s: float = 30.0,
+        gate_s: float = GATE_S,
     ) -> None:
-        """Attach to this node's vault. `copy_bytes_s` paces the copy, so that it disturbs the compute less.
+        """Attach to this node's vault. `copy_bytes_s` paces the copy, so that it disturbs the compute less; `gate_s` is how long the
+        gate waits for a vault that does not say where to copy to.
 
         Raises WireError if the vault does not answer, Refused if this generation is over there.
         """
@@ -100,7 +102,7 @@ class Snapshotter:
         widths = {entry.home: entry.nbytes // entry.piece.box.size for entry in self._slab.entries}
         self._expected = [(home, torch.Size(home.box.shape), width) for home, width in widths.items()]
         self._ranges = [(entry, _skip(entry)) for entry in self._slab.entries]
-        self._pace = Pace(copy_bytes_s)
+        self._pace, self._gate_s = Pace(copy_bytes_s), gate_s
         self.failure = ""
         self.missed = ""
         self.stall_s = 0.0
@@ -157,13 +159,13 @@ class Snapshotter:
         """Wait until the tensors may be written again. Returns the seconds that the snapshot has held training up.
 
         That is this wait and the time that `begin` took; 0 if no snapshot was begun since the last gate.
-        If the vault has not even said where to copy to within GATE_S, the snapshot is given up instead.
+        If the vault has not even said where to copy to within `gate_s`, the snapshot is given up instead.
         """
         job = self._job
         if job is None:
             return 0.0
         began = time.monotonic()
-        if not job.copied.wait(GATE_S) and not self._give_up(job):
+        if not job.copied.wait(self._gate_s) and not self._give_up(job):
             job.copied.wait()
         self.stall_s, self.copy_s = job.begin_s + time.monotonic() - began, job.copy_s
         self._job = None
@@ -249,7 +251,7 @@ class Snapshotter:
             if job.copying:
                 return False
             job.given_up = True
-            self.missed = f"step {job.step}: the vault must answer within {GATE_S} s, and did not"
+            self.missed = f"step {job.step}: the vault must answer within {self._gate_s:g} s, and did not"
             return True
 
     def _segment(self, step: int) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fault_tolerance.snapshot import Snapshotter
+from fault_tolerance.snapshot import GATE_S, Snapshotter
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from parallel.atlas import Piece
 
@@ -24,13 +24,14 @@ class Staging:
     """`Snapshots` of `framework/trainer.py` for one rank and generation."""
 
     def __init__(
-        self, plan: SnapshotPlan, *, rank: int, secret: bytes, given_up: Callable[[], bool] = lambda: False
+        self, plan: SnapshotPlan, *, rank: int, secret: bytes, given_up: Callable[[], bool] = lambda: False, patient: bool = False
     ) -> None:
         """Attach to this node's vault. `given_up` says whether the generation has been ended, so that nobody waits any more.
+        `patient`: training waits for a vault that is slow to make room, and no snapshot is given up for that.
 
         Raises WireError or Refused.
         """
-        self._snapshotter = Snapshotter(plan, rank=rank, secret=secret)
+        self._snapshotter = Snapshotter(plan, rank=rank, secret=secret, gate_s=plan.deadline_s if patient else GATE_S)
         self._patience_s, self._given_up = plan.deadline_s, given_up
 
     def ready(self) -> bool:
@@ -56,8 +57,15 @@ class Staging:
 
     def await_protected(self, step: int) -> float:
         """After the gate: wait until a snapshot of `step` or later is protected, if one is on its way. Returns the seconds."""
+        return self._wait(step, self._nothing_comes, self._patience_s)
+
+    def await_end(self, step: int, patience_s: float) -> float:
+        """The same where nothing may be on its way any more: what made a snapshot fail may be about to end the generation."""
+        return self._wait(step, self._given_up, patience_s)
+
+    def _wait(self, step: int, in_vain: Callable[[], bool], patience_s: float) -> float:
         began = time.monotonic()
-        while self.protected() < step and not self._nothing_comes() and time.monotonic() - began < self._patience_s:
+        while self.protected() < step and not in_vain() and time.monotonic() - began < patience_s:
             time.sleep(0.002)
         return time.monotonic() - began
 

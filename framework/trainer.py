@@ -32,6 +32,7 @@ from framework.numeric_guard import NumericGuard
 from parallel.atlas import Piece
 from parallel.engine import Engine
 
+FAILED_S = 10.0  # until those whose loss made a snapshot fail are surely missed
 NOTICED = 0.05  # of a step: what it is held up for less than that is in its row, and no event
 
 
@@ -60,6 +61,8 @@ class Snapshots(Protocol):
     def protected(self) -> int: ...
 
     def await_protected(self, step: int) -> float: ...
+
+    def await_end(self, step: int, patience_s: float) -> float: ...
 
     def cost_s(self) -> float: ...
 
@@ -371,7 +374,11 @@ class Trainer:
     def _hold_back(self, step: int) -> float:
         assert self._snapshots is not None and self._settings.max_steps_lost is not None, "only then somebody is behind"
         self._phase(step, "protection")
-        waited = self._snapshots.await_protected(step - self._settings.max_steps_lost)
+        least = step - self._settings.max_steps_lost
+        waited = self._snapshots.await_protected(least)
+        if self._anywhere(self._snapshots.protected() < least):  # it was given up, most often for a node or vault that is lost
+            waited += self._snapshots.await_end(least, FAILED_S)
+            self._anywhere(self._snapshots.protected() < least)  # raises if the generation is over: the step is not taken
         if waited > NOTICED * self._last_step_s:
             reason = f"a step was held up: snapshots take longer than fault_tolerance.max_steps_lost={self._settings.max_steps_lost} allows"
             self._emit({"event": "snapshot", "step": step, "held_up_s": waited, "reason": reason})

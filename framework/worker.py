@@ -244,7 +244,13 @@ class Worker:
                 ),
             })
             keeping = SnapshotPlan.from_json(order["snapshots"])
-            staging = Staging(keeping, rank=order["rank"], secret=self._secret, given_up=lambda: self._ended)
+            staging = Staging(
+                keeping,
+                rank=order["rank"],
+                secret=self._secret,
+                given_up=lambda: self._ended,
+                patient=self._config.fault_tolerance.max_steps_lost is not None,
+            )
             return self._train(engine, mesh, plan, faults, staging, recording, start=recovery["step"], reporter=order["rank"] == 0)
         finally:
             self._phase = "close"
