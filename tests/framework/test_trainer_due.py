@@ -176,7 +176,7 @@ def test_the_loss_that_made_a_snapshot_fail_costs_no_more_than_may_be_lost(fails
     """A node was killed while a snapshot was on its way to it; the others saw the snapshot given up and took the next update, which
     needs nobody: three steps were lost where two might be.
     """
-    seen, vaults = lags(every=2, most=2, takes=0, fails=frozenset({fails}), fatal=True)
+    seen, _ = lags(every=2, most=2, takes=0, fails=frozenset({fails}), fatal=True)
     assert max(seen) <= 2 and len(seen) == fails
 
 
