@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,7 @@ import xxhash
 from fault_tolerance.buffers import DTYPES, Array, Bytes, array_view, byte_view
 from fault_tolerance.hashing import unit_hashes
 from fault_tolerance.index import Extent, ShardEntry
-from fault_tolerance.storage import open_storage, paced
+from fault_tolerance.storage import PART_BYTES, open_storage, paced
 from fault_tolerance.units import Cut, cut
 from parallel.atlas import Piece, TensorSpec
 from parallel.boxes import Box
@@ -51,11 +51,13 @@ def write_shard(
     *,
     specs: Sequence[TensorSpec],
     max_rate_mb_s: float | None = None,
+    taken: Callable[[int], None] = lambda num_bytes: None,
 ) -> ShardEntry:
     """Write pieces as one shard file of the checkpoint `directory`, durably; the first of the two phases of a save.
 
     Each piece comes with its bytes: a torch tensor, numpy array or memoryview, row-major, or a function that returns
     one. The file's name starts with `name` and is unique, so attempts never meet. Nothing is visible before `commit`.
+    `taken` is told how many more bytes the storage has taken, as it takes them, over all its tries.
     Raises ValueError for pieces that do not fit `specs`, StorageError when the storage refuses.
     """
     pairs = [(piece, buffer) for piece, buffer in pieces if piece.box.size]
@@ -66,7 +68,7 @@ def write_shard(
 
     def parts() -> Iterator[Bytes]:
         yield header
-        yield from _data(plan, [buffer for _, buffer in pairs], table, max_rate_mb_s)
+        yield from _told(_data(plan, [buffer for _, buffer in pairs], table, max_rate_mb_s), taken)
         yield byte_view(table)
 
     num_bytes = open_storage(directory).write(file, parts)
@@ -124,6 +126,16 @@ def _plan(pieces: Sequence[Piece], specs: Sequence[TensorSpec]) -> _Plan:
 def _data(plan: _Plan, buffers: Sequence[Any], table: Array, max_rate_mb_s: float | None) -> Iterator[Bytes]:
     """The data section, in order; fills the table on the way."""
     return paced(_extents(plan, buffers, table), max_rate_mb_s)
+
+
+def _told(parts: Iterable[Bytes], taken: Callable[[int], None]) -> Iterator[Bytes]:
+    """The parts. A storage keeps one to itself before it sends any: what it has asked for beyond that, it has taken."""
+    given = -PART_BYTES
+    for part in parts:
+        yield part
+        if given + part.nbytes > 0:
+            taken(given + part.nbytes - max(given, 0))
+        given += part.nbytes
 
 
 def _extents(plan: _Plan, buffers: Sequence[Any], table: Array) -> Iterator[Bytes]:

@@ -26,7 +26,8 @@ import numpy as np
 from fault_tolerance.buffers import Bytes
 
 T = TypeVar("T")
-_PART_BYTES = 8 << 20
+PART_BYTES = 8 << 20
+_BEHIND_BYTES = 64 << 20  # what a disk may be behind with
 _MAX_BUFFERS = 512  # of one preadv; the system's limit is 1024
 _HOPELESS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENODATA)
@@ -134,9 +135,9 @@ def paced(parts: Iterable[Bytes], max_rate_mb_s: float | None) -> Iterator[Bytes
     """The parts in slices of 8 MiB, no faster than the rate (MB/s), so that training keeps its bandwidth."""
     start, done = time.monotonic(), 0
     for part in parts:
-        for at in range(0, part.nbytes, _PART_BYTES):
-            yield part[at : at + _PART_BYTES]
-            done += min(_PART_BYTES, part.nbytes - at)
+        for at in range(0, part.nbytes, PART_BYTES):
+            yield part[at : at + PART_BYTES]
+            done += min(PART_BYTES, part.nbytes - at)
             if max_rate_mb_s is not None:
                 time.sleep(max(0.0, start + done / (max_rate_mb_s * 1e6) - time.monotonic()))
 
@@ -229,7 +230,7 @@ class RemoteStorage:
         return retry(f"{self.url}/{name}", lambda: self._write(name, _guarded(parts)), **self._retry)
 
     def _write(self, name: str, parts: Iterable[Bytes]) -> int:
-        file = self._fs.open(f"{self._path}/{name}", "wb", autocommit=False, block_size=_PART_BYTES)
+        file = self._fs.open(f"{self._path}/{name}", "wb", autocommit=False, block_size=PART_BYTES)
         try:
             size = sum(int(file.write(part.data)) for part in parts)
             file.close()
@@ -314,12 +315,15 @@ def _fill(file: int, offset: int, outs: list[Bytes]) -> int:
 def _begin_writing(file: int, size: int, begun: int) -> int:
     """Have the disk begin with what was written since `begun`, if it is a good deal; returns what it has begun with.
 
-    Left to itself the system keeps it all until `fsync`, and the disk rests while parts are hashed.
+    Left to itself the system keeps it all until `fsync`, and the disk rests while parts are hashed. It may never be far behind:
+    whoever looks how much was taken would take what lies in memory for it.
     """
-    if size - begun < _PART_BYTES:
+    if size - begun < PART_BYTES:
         return begun
     if _SYNC_FILE_RANGE is not None:
         _SYNC_FILE_RANGE(file, begun, size - begun, 2)  # SYNC_FILE_RANGE_WRITE; nothing hangs on it, fsync tells of errors
+        if begun > _BEHIND_BYTES:
+            _SYNC_FILE_RANGE(file, 0, begun - _BEHIND_BYTES, 1)  # SYNC_FILE_RANGE_WAIT_BEFORE
     return size
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -44,6 +45,7 @@ class Agent:
         Notice().then(lambda: self._vault.events.add("leaving"))
         self._rings = Rings()
         self._holding, self._held = ExitStack(), dict[Key, Version]()
+        self._saving, self._taken = threading.Lock(), 0
         self._host = host
         self._probe: Probe | None = None
         self._began = time.monotonic()
@@ -85,8 +87,20 @@ class Agent:
     def save(self, directory: str, generation: int, step: int) -> dict[str, Any]:
         """Write this node's share of a snapshot as a shard of a durable checkpoint. Returns its entry in the index.
 
-        Raises ValueError if the snapshot is not here, or damaged, and StorageError.
+        Raises ValueError if the snapshot is not here, or damaged, or a save is still stuck in the storage, and StorageError.
         """
+        if not self._saving.acquire(blocking=False):  # each would keep a thread of the few that answer for this node
+            raise ValueError("save: the storage must be done with the save before this one, it has not answered yet")
+        try:
+            return self._save(directory, generation, step)
+        finally:
+            self._saving.release()
+
+    def taken(self) -> int:
+        """Bytes that storage has taken of this node's shares, since the start: whether a save gets on."""
+        return self._taken
+
+    def _save(self, directory: str, generation: int, step: int) -> dict[str, Any]:
         with self._reading((generation, step)) as version:
             plan, view = version.plan, version.data.view if version.data is not None else None
             damaged = [b for b in version.blocks() if b[0] == "data" and not version.intact(*b)]
@@ -98,7 +112,10 @@ class Agent:
                 for entry in plan.slab(rank).entries
                 if view is not None
             ]
-            return entry_to_plain(write_shard(directory, self._node, pieces, specs=plan.atlas.specs))
+            return entry_to_plain(write_shard(directory, self._node, pieces, specs=plan.atlas.specs, taken=self._take))
+
+    def _take(self, num_bytes: int) -> None:
+        self._taken += num_bytes
 
     def _reading(self, key: Key) -> AbstractContextManager[Version]:
         return nullcontext(self._held[key]) if key in self._held else self._vault.reading(key)

@@ -58,11 +58,12 @@ class Closing:
         if plan is None or snapshot is None or snapshot.step != self._journal.reached:
             return {}
         self._keep(plan)
-        self._durable.finish()
         wish = self._config.fault_tolerance.durable
-        if wish.at_end if status == "finished" else wish.on_signal:
-            self._save(plan, snapshot.step)
+        wished = wish.at_end if status == "finished" else wish.on_signal
+        unsaved = self._save(plan, snapshot.step) if wished else self._durable.finish()
         said = self._read_once_more(plan, snapshot, finished=status == "finished")
+        if unsaved and wished:
+            said["unsaved"] = f"the last state, of step {snapshot.step}, was not saved: {unsaved}"
         gone, lost = [node for node in plan.nodes if not self._cluster.confirm(node)], sorted(self._memory.lost)
         if not gone and not lost:
             return said
@@ -88,13 +89,16 @@ class Closing:
         if plan is None or snapshot is None or snapshot.generation != plan.generation or snapshot.missing:
             return
         if snapshot.step > (kept.step if kept is not None else 0):
-            self._durable.finish()
             self._save(plan, snapshot.step)
 
-    def _save(self, plan: Plan, step: int) -> None:
-        self._durable.begin(plan, step, self._pool.agents, self._specs)
-        self._durable.finish()
+    def _save(self, plan: Plan, step: int) -> str:
+        """After the save that is under way, if there is one. Returns why the state was not saved; empty if it was."""
+        why = self._durable.finish()
+        if not why:
+            self._durable.begin(plan, step, self._pool.agents, self._specs)
+            why = self._durable.finish() or self._durable.failure
         self._keep(plan)
+        return why
 
     def _read_once_more(self, plan: Plan, snapshot: Snapshot, *, finished: bool) -> dict[str, Any]:
         """By whichever worker can."""

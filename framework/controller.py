@@ -21,6 +21,7 @@ import contextlib
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,6 +101,7 @@ class Controller:
         self._response: Response | None = None
         self._tried = Tried()
         self._vitals = Vitals()
+        self._answers_s: deque[float] = deque(maxlen=256)
         self._called, self._running = threading.Event(), threading.Lock()
         threading.Thread(target=self._run_alone, daemon=True, name="alone").start()
 
@@ -149,7 +151,8 @@ class Controller:
                 status = "finished" if done or not self._stop.is_set() else "interrupted"
                 closing = self._closing.close_out(status)
                 if not isinstance(closing, Trouble):
-                    return self._end(status, closing=closing)
+                    unsaved = str(closing.pop("unsaved", ""))
+                    return self._end("failed" if unsaved and done else status, reason=unsaved, closing=closing)
                 trouble = self._put_aside(closing)
         except Stopped:
             return self._end("interrupted")
@@ -284,6 +287,7 @@ class Controller:
             order=order,
             workers=self._pool.workers,
             ping_period_s=self._config.detect.ping_period_s,
+            answers_s=self._answers_s,
         )
         self._journal.mustered(plan, seconds=time.monotonic() - began, started=took)
         self._inventory.warm_spares(plan)

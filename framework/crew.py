@@ -47,9 +47,9 @@ class Crew:
     plan: Plan
     agents: Mapping[str, Remote]
     ranks: list[RankView]
+    answers_s: deque[float]
     ping_period_s: float = 0.5
     began: float = field(default_factory=time.monotonic)
-    answers_s: deque[float] = field(default_factory=lambda: deque(maxlen=256))
 
     @property
     def finished(self) -> bool:
@@ -202,13 +202,16 @@ def muster(
     order: Mapping[str, Any],
     workers: Mapping[str, Remote],
     ping_period_s: float,
+    answers_s: deque[float],
 ) -> Crew:
-    """Send every rank to its seat. `workers` by worker id must hold a live one for every seat of the plan."""
+    """Send every rank to its seat. `workers` by worker id must hold a live one for every seat of the plan. `answers_s`: how long
+    answers took in the crews before, and will in this one.
+    """
     ranks = []
     for rank, seat in enumerate(plan.seats):
         remote = workers[seat.worker]
         ranks.append(RankView(remote, remote.call("run", {**order, "rank": rank}, lane="train"), heard=time.monotonic()))
-    return Crew(plan, agents, ranks, ping_period_s=ping_period_s)
+    return Crew(plan, agents, ranks, answers_s, ping_period_s=ping_period_s)
 
 
 def log_lines(paths: Sequence[str], lines: int = 5) -> str:

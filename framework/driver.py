@@ -257,7 +257,7 @@ def _notice(text: str) -> dict[str, Any]:
 
 def _last_word(config: Config, summary: dict[str, Any]) -> None:
     """What a person wants to know at the end."""
-    lines = [f"{summary['status']}: {summary['reason']}"] if summary["status"] not in ("finished", "unfit") else []
+    lines = [": ".join(filter(None, (summary["status"], summary["reason"])))] if summary["status"] not in ("finished", "unfit") else []
     if summary.get("sample"):
         lines += ["", "what the model writes:", *(f"  | {line}" for line in str(summary["sample"]).rstrip().splitlines()), ""]
     for key, form in (("final_loss", ".4f"), ("val_loss", ".4f"), ("state_sha256", "")):

@@ -4,7 +4,8 @@
     all shares are there                           ->  one commit makes the checkpoint visible; old ones go
 
 Training does not wait for any of it: the bytes are those of a snapshot. A save that fails is tried again at once a few
-times, then with the next snapshot, and never stops the run.
+times, then with the next snapshot, and never stops the run. Whoever waits for one does so while its storage takes bytes, and
+not much longer.
 
 Rule of this file: occasions and agreement. The format is `fault_tolerance/checkpoint.py`'s.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from fault_tolerance.index import entry_from_plain
 from fault_tolerance.retention import retain
 from fault_tolerance.storage import StorageError, open_storage
 from framework import run_dir
-from framework.cluster import Remote
+from framework.cluster import Call, CallError, Remote
 from framework.config import Config, plain
 from framework.config_identity import changes
+from framework.headway import Headway
 from framework.plan import Plan, Source
 from parallel.atlas import TensorSpec
 
-SAVE_S = 600.0
 HOLD_S = 10.0
+STALLED_S = 300.0  # without a byte taken, and a save has failed
+ENDING_S = 30.0  # the same for a run that has come to its end: it may have been told to leave the machine
+LOOK_S = 0.5
 
 
 def resolve(resume: str | None, *, own: str) -> str | None:
@@ -97,6 +101,9 @@ class Durable:
         self._saved = -1
         self._saved_at = time.time()
         self._asked = False
+        self._headway = Headway(time.monotonic())
+        self._visible = False
+        self.failure = ""  # why the last save failed; empty if it did not, or has not yet
 
     @property
     def age_s(self) -> float | None:
@@ -133,16 +140,21 @@ class Durable:
         """Save the protected snapshot of a step in the background. False if a save is under way."""
         if self._thread is not None and self._thread.is_alive():
             return False
-        self._saved = step
+        self._saved, self._headway, self.failure = step, Headway(time.monotonic()), ""
+        self._visible = False
         self._clear_request()
         self._thread = threading.Thread(target=self._save, args=(plan, step, dict(agents), specs), daemon=True, name="save")
         self._thread.start()
         return True
 
-    def finish(self, timeout_s: float = SAVE_S) -> None:
-        """Wait for the save that is under way."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+    def finish(self, patience_s: float = ENDING_S) -> str:
+        """Wait for the save that is under way, as long as its storage takes something. Returns why it is not over; empty if it is."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(LOOK_S)
+            if self._thread.is_alive() and self._headway.is_stalled(time.monotonic(), patience_s):
+                stuck = f"a save to {self.root} was not waited for, of which nothing was taken for {patience_s:.0f} s"
+                return "" if self._visible else stuck  # else it is older ones that cannot be removed
+        return ""
 
     def poll(self) -> Iterator[dict[str, Any]]:
         """What has come of saves since the last time, as events."""
@@ -156,6 +168,7 @@ class Durable:
                 step = self._hold(plan, step, agents)
                 path = self._path(step)
                 num_bytes = self._write(plan, step, path, agents, specs)
+                self._visible = True
             except Exception as error:  # whatever it is: a save that fails never stops training
                 reason = f"{type(error).__name__}: {error}"
                 self._discard(path)
@@ -171,7 +184,7 @@ class Durable:
             )
             self._prune()
             return
-        self._saved = -1  # the next snapshot tries again
+        self._saved, self.failure = -1, reason  # the next snapshot tries again
         age = time.time() - self._saved_at
         self._news.append({
             "step": step,
@@ -208,9 +221,21 @@ class Durable:
         self, plan: Plan, step: int, path: str, agents: dict[str, Remote], specs: tuple[TensorSpec, ...]
     ) -> int:
         calls = [agents[node].call("save", path, plan.generation, step) for node in plan.nodes]
-        entries = [entry_from_plain(call.result(SAVE_S)) for call in calls]
+        entries = [entry_from_plain(self._awaited(call, [agents[node] for node in plan.nodes])) for call in calls]
         commit(path, entries, specs=specs, extra=self._extra(plan, step)).close()
         return sum(entry.num_bytes for entry in entries)
+
+    def _awaited(self, call: Call, agents: Sequence[Remote]) -> Any:
+        """The result of a call; meanwhile it is looked how far the agents have come. Raises TimeoutError when they are stuck."""
+        while not call.wait(LOOK_S):
+            taken = 0
+            for asked in [agent.call("taken") for agent in agents]:
+                with contextlib.suppress(CallError, TimeoutError):  # its own call will say so
+                    taken += asked.result(LOOK_S)
+            self._headway = self._headway.look(time.monotonic(), taken)
+            if self._headway.is_stalled(time.monotonic(), STALLED_S):
+                raise TimeoutError(f"save: {self.root} must take the state, it has taken nothing for {STALLED_S:.0f} s")
+        return call.result(0)
 
     def _extra(self, plan: Plan, step: int) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from framework.incident import Trouble
 from framework.plan import Plan
 
+ALL_SILENT = 4.0
 PATIENT = frozenset({"evaluate", "staging", "protection", "test"})
 
 
@@ -48,7 +49,8 @@ class Sight:
 @dataclass(frozen=True, slots=True)
 class Limits:
     """The deadlines of one look. `stall_s` is the hang deadline that fits the step at hand; while a rank evaluates, stages
-    or tests, the crew takes no step and has `patient_s`."""
+    or tests, the crew takes no step and has `patient_s`. All ranks at once are silent no sooner than after ALL_SILENT times
+    `ping_timeout_s`: likelier than all of them is whoever listens away."""
 
     ping_timeout_s: float
     stall_s: float
@@ -117,6 +119,8 @@ def _silence(sight: Sight, plan: Plan, limits: Limits) -> Trouble | None:
     if not ranks:
         return None
     longest = max(sight.silent_s[r] for r in ranks)
+    if 1 < len(ranks) == plan.layout.world and longest <= ALL_SILENT * limits.ping_timeout_s:
+        return None
     return _trouble("hang", ranks, f"does not answer since {longest:.1f} s", sight, plan, longest)
 
 

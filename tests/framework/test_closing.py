@@ -56,6 +56,8 @@ class World:
         dead: Sequence[str] = (),
         lost: Sequence[str] = (),
         kept: int | None = None,
+        stuck: str = "",
+        failure: str = "",
     ) -> None:
         self.saved: list[int] = [] if kept is None else [kept]
         self.said: list[str] = []
@@ -68,7 +70,7 @@ class World:
             cluster=SimpleNamespace(confirm=lambda node: node not in dead),  # type: ignore[arg-type]
             journal=journal,  # type: ignore[arg-type]
             memory=SimpleNamespace(look=lambda agents: None, snapshot=found, lost=frozenset(lost)),  # type: ignore[arg-type]
-            durable=SimpleNamespace(finish=lambda: None, begin=self.save, newest=self.newest),  # type: ignore[arg-type]
+            durable=SimpleNamespace(finish=lambda: stuck, failure=failure, begin=self.save, newest=self.newest),  # type: ignore[arg-type]
             pool=SimpleNamespace(agents={}, workers=dict(zip(("n0.0", "n1.0"), readers, strict=True))),  # type: ignore[arg-type]
             specs=(),
             keep=lambda plan: None,
@@ -89,6 +91,17 @@ def test_the_last_state_is_saved_as_wished_and_read_by_whoever_can() -> None:
     nobody = World(readers=(Reader(None), Reader(None)))
     assert nobody.closing.close_out("finished") == {}
     assert "could not be read" in nobody.said[0]
+
+
+def test_a_last_state_that_was_not_saved_is_said_to_be_lost() -> None:
+    """A run whose storage was dead at its end said that it had finished, and exited with 0."""
+    failed = World(failure="OSError: no space left").closing.close_out("finished")
+    assert failed == {"state_sha256": "a", "unsaved": "the last state, of step 8, was not saved: OSError: no space left"}
+    world = World(stuck="a save to s3://runs was not waited for")
+    ended = world.closing.close_out("finished")
+    assert isinstance(ended, dict) and ended["unsaved"].endswith("a save to s3://runs was not waited for")
+    assert world.saved == [], "one save at a time"
+    assert World(stuck="a save").closing.close_out("interrupted") == {"state_sha256": "a"}, "it was not wished for"
 
 
 def test_a_state_that_is_not_the_last_one_is_not_passed_off_as_it() -> None:

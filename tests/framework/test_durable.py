@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,18 +38,23 @@ class Agent:
         kept: range = range(100),
     ) -> None:
         self.fails, self.error, self.asked, self.kept, self.holds = fails, error, 0, kept, False
+        self.taken, self.takes, self.over = 0, 0, threading.Event()
+        self.over.set()
 
     def call(self, method: str, *words: Any) -> Any:
         if method in ("hold", "let_go"):
             self.holds = method == "hold"
             return SimpleNamespace(result=lambda timeout_s: list(self.kept))
+        if method == "taken":
+            self.taken += self.takes
+            return SimpleNamespace(result=lambda timeout_s: self.taken)
         assert method == "save" and self.holds
         directory, _, step = words
         self.asked += 1
         entry = write_shard(directory, "n0", [(Piece("param/a", Box.whole((4, 3))), np.full((4, 3), step, np.float32))], specs=SPECS)
         if self.asked <= self.fails:
-            return SimpleNamespace(result=self._fail)
-        return SimpleNamespace(result=lambda timeout_s: entry_to_plain(entry))
+            return SimpleNamespace(wait=self.over.wait, result=self._fail)
+        return SimpleNamespace(wait=self.over.wait, result=lambda timeout_s: entry_to_plain(entry))
 
     def _fail(self, timeout_s: float) -> None:
         raise self.error()
@@ -106,6 +112,28 @@ def test_a_save_that_keeps_failing_stops_nothing_and_leaves_nothing(tmp_path: Pa
     [news] = save(keeper, 5, Agent())
     assert news["saved"]
     assert keeper.age_s is not None and keeper.age_s < 5
+
+
+def test_a_run_that_ends_waits_for_storage_that_is_slow_and_not_for_one_that_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM while an object store did not answer held the machine for ten minutes, and a save that took longer than that was given up."""
+    monkeypatch.setattr("framework.durable.LOOK_S", 0.02)
+    keeper, agent = durable(tmp_path), Agent()
+    agent.over.clear()
+    assert keeper.begin(PLAN, 4, {"n0": agent}, SPECS)  # type: ignore[dict-item]
+    agent.takes = 1000
+    threading.Timer(1.5, agent.over.set).start()
+    assert keeper.finish(patience_s=0.5) == "" and not keeper.failure
+    assert list(shelf.checkpoints(keeper.root)) == [4]
+
+    agent.over.clear()
+    agent.takes = 0
+    assert keeper.begin(PLAN, 8, {"n0": agent}, SPECS)  # type: ignore[dict-item]
+    began = time.monotonic()
+    assert keeper.finish(patience_s=0.5).startswith(f"a save to {keeper.root} was not waited for")
+    assert time.monotonic() - began < 5
+    monkeypatch.setattr("framework.durable.STALLED_S", 0.5)
+    keeper.finish()
+    assert "has taken nothing" in keeper.failure, "nor does a run that goes on wait for ever"
 
 
 def test_the_best_are_kept_by_the_newest_held_out_loss_up_to_them(tmp_path: Path) -> None:

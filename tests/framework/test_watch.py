@@ -53,6 +53,17 @@ def test_a_dead_process_is_a_crash_although_its_neighbours_failed_first() -> Non
     assert trouble.evidence == "killed by signal 9"
 
 
+def test_one_silent_rank_hangs_and_all_silent_ones_only_after_much_longer() -> None:
+    """On a machine with thirty processes for each core the controller slept five seconds, and called all of its eight ranks hung."""
+    one = judge(see(silent_s=dict.fromkeys(range(4), 0.1) | {2: 4.5}), PLAN, LIMITS)
+    assert one is not None and (one.kind, one.ranks) == ("hang", (2,))
+    most = judge(see(silent_s=dict.fromkeys(range(4), 4.5) | {2: 0.1}), PLAN, LIMITS)
+    assert most is not None and most.ranks == (0, 1, 3)
+    assert judge(see(silent_s=dict.fromkeys(range(4), 15.0)), PLAN, LIMITS) is None
+    everybody = judge(see(silent_s=dict.fromkeys(range(4), 16.5)), PLAN, LIMITS)
+    assert everybody is not None and everybody.ranks == (0, 1, 2, 3)
+
+
 def test_a_dead_node_outweighs_its_dead_processes() -> None:
     ended = {2: Ended("died", "unreachable", 1.0)}
     trouble = judge(see(ended=ended, dead_nodes=frozenset({"n1", "elsewhere"})), PLAN, LIMITS)
