@@ -25,7 +25,7 @@ from framework import run_dir
 from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError, WorkerDied
 from framework.config import Config, plain
 from framework.durable import check_same, newest_of, resolve, tracking_of
-from framework.head_watch import HeadWatch
+from framework.head_watch import PATIENCE_S, HeadWatch
 from framework.local_cluster import LocalCluster
 from framework.nodes import DOMAIN_LABEL, Exit, complaint
 from framework.progress import make_progress
@@ -38,6 +38,7 @@ from parallel.recorder_build import RECORDER
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
 FOLLOW_S = 0.5
+LOCAL_HEAD_S = 10.0  # a head that is stopped, or waits for a processor, answers within that
 FIND_AGAIN_S = 120.0  # Ray looks for dead nodes for some 15 s before it starts anew what ran there
 
 
@@ -165,10 +166,8 @@ def _opened(config: Config, run_id: str, startup: Startup, early: LocalCluster |
 
 @contextmanager
 def _head_watched(cluster: Cluster, config: Config, shown: Telemetry) -> Iterator[None]:
-    """A run on somebody's cluster ends with a last word when Ray's head is lost; a local cluster's head dies with its driver."""
-    if cluster.control is not None:
-        yield
-        return
+    """A run ends with a last word when Ray's head is lost. Nobody starts that of a local cluster again, so nobody waits for it."""
+    patience_s = PATIENCE_S if cluster.control is None else LOCAL_HEAD_S
 
     def gone(reason: str) -> None:
         saved = newest_of(config) or config.resume  # its own, or that which it began from
@@ -178,7 +177,7 @@ def _head_watched(cluster: Cluster, config: Config, shown: Telemetry) -> Iterato
         _last_word(config, summary)
         os._exit(EXIT_CODES["failed"])  # whatever would be asked of Ray now would wait for its head
 
-    with HeadWatch(cluster.head(), tell=lambda text: shown.event(_notice(text)), gone=gone):
+    with HeadWatch(cluster.head(), tell=lambda text: shown.event(_notice(text)), gone=gone, patience_s=patience_s):
         yield
 
 

@@ -110,7 +110,7 @@ class Sentinel:
     def still_s(self, now: float) -> dict[int, float]:
         """Seconds since something was last new in each recorded rank's ring; ranks without a record are not in it."""
         with self._lock:
-            return {rank: now - at for rank, (_, at) in self._moved.items()}
+            return {rank: max(0.0, now - at) for rank, (_, at) in self._moved.items()}  # a look may end after `now`
 
     def pids(self) -> dict[int, int]:
         """The processes of the recorded ranks, on their nodes."""
