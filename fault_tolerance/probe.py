@@ -2,9 +2,10 @@
 
     speeds      a large copy, a matrix product: the best of a few, since a busy machine only ever makes them slower
     ways        a: "send n bytes" -> b: n bytes -> a notes the time          both directions, over TCP, by the nodes' own addresses
+    reach       the same with every peer at once and little patience, and datagrams one way (`datagrams.py`)
     clock       read at once; whoever asks knows how long the question took
 
-Rule of this file: it measures. What the numbers mean is judged in `checkup.py`.
+Rule of this file: it measures. What the numbers mean is judged in `checkup.py` and `reachability.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ import resource
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
+
+from fault_tolerance.datagrams import Datagrams
+from fault_tolerance.reachability import Stage
 
 COPY_BYTES, PRODUCT_SIZE, REPEATS = 32 << 20, 512, 5
 LIBRARIES = ("torch", "ray", "numpy")
+BACKLOG = 1024  # every other node may ask at once
+REACH_BYTES, REACH_S, REACH_THREADS = 64 << 10, 2.5, 64  # many packets, and time for one that is lost and sent again after a second
 
 
 class Probe:
@@ -28,7 +35,8 @@ class Probe:
 
     def __init__(self, *, host: str) -> None:
         """`host` is the address under which other nodes reach this one. Raises OSError if no port can be had there."""
-        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=BACKLOG)
+        self._datagrams = Datagrams(host=host)
         self._payload = bytes(COPY_BYTES)
         threading.Thread(target=self._serve, daemon=True, name="probe").start()
 
@@ -73,8 +81,26 @@ class Probe:
             latency = min(_asked(channel, 1) for _ in range(20)) / 2
             return latency, min(_asked(channel, num_bytes) for _ in range(repeats))
 
+    def ends(self, token: str) -> tuple[tuple[str, int], tuple[str, int]]:
+        """Where peers ask, and where they send the datagrams of a round, which are counted from now on."""
+        return self.address(), self._datagrams.listen(token)
+
+    def send(self, peers: Mapping[str, tuple[str, int]], *, token: str, name: str) -> int:
+        """Send datagrams to all peers; how many to each."""
+        return self._datagrams.send(peers, token=token, name=name)
+
+    def heard(self, token: str) -> dict[str, int]:
+        """How many datagrams of a round came, by sender."""
+        return self._datagrams.heard(token)
+
+    def reach(self, peers: Mapping[str, tuple[str, int]]) -> dict[str, tuple[str, float, str]]:
+        """Ask all peers for some bytes: how far each question came (a `Stage`), seconds, and what went wrong."""
+        with ThreadPoolExecutor(max(1, min(REACH_THREADS, len(peers)))) as pool:
+            return dict(zip(peers, pool.map(_reached, peers.values()), strict=True))
+
     def close(self) -> None:
         """No more answers."""
+        self._datagrams.close()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # else it takes one more peer, for the thread waits in it
         self._listener.close()
@@ -98,6 +124,24 @@ def _timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
+
+
+def _reached(peer: tuple[str, int]) -> tuple[str, float, str]:
+    """A small answer, then a large one. A peer that takes the connection and is slow is asked once more: it may be busy."""
+    began, stage, failure = time.perf_counter(), Stage.CONNECT, ""
+    for _ in range(2):
+        try:
+            with socket.create_connection(peer, timeout=REACH_S) as channel:
+                stage = Stage.ANSWER
+                _asked(channel, 1)
+                stage = Stage.DATA
+                _asked(channel, REACH_BYTES)
+            return str(Stage.DONE), time.perf_counter() - began, ""
+        except OSError as error:
+            failure = str(error)
+            if stage is Stage.CONNECT:
+                break
+    return str(stage), time.perf_counter() - began, failure
 
 
 def _asked(channel: socket.socket, num_bytes: int) -> float:
