@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from framework.broken_ways import BrokenWays
 from framework.closing import Closing
 from framework.cluster import CallError, Cluster, wait_all
 from framework.config import decode
@@ -53,6 +54,7 @@ from parallel.layout import Layout
 KEEP_S = 0.5
 ABORT_S = 12.0  # who has been severed is out at once: who is not out after this is stuck
 STOP_S = 60.0
+APART_ABORT_S = 3.0  # who connects over a dead way is not out sooner than the way is back
 ALONE_LOOK_S = 3.0
 ROWS_S = 3.0
 MAX_FAILURES = 3  # at the same step, without one step of progress between
@@ -75,6 +77,7 @@ class Controller:
         self._journal.checkpoint_age_s = lambda: self._durable.age_s
         self._specs = self._planner.atlas(Layout(), "1f1b").specs
         self._pool = Pool(self._cluster, logs=self._journal.logs, agent=agent, worker=worker)
+        self._ways = BrokenWays(self._pool.agents)
         self._distrust = Distrust(journal=self._journal, memory=self._memory, durable=self._durable, agents=self._pool.agents)
         self._closing = Closing(
             self._config,
@@ -94,6 +97,7 @@ class Controller:
             pool=self._pool,
             memory=self._memory,
             planner=self._planner,
+            ways=self._ways,
             stopped=self._stop.is_set,
         )
         self._failures: dict[int, int] = {}
@@ -166,6 +170,7 @@ class Controller:
             traceback.print_exc()
             return self._end("failed", reason=f"a fault of holdfast, see logs/controller.log: {type(error).__name__}: {error}")
         finally:
+            self._ways.close()
             self._pool.close()
             self._journal.close()
             if self._cluster.driver_is_gone():
@@ -236,7 +241,7 @@ class Controller:
         if trouble is None:
             self._inventory.await_first()
         places = self._inventory.enough_places()
-        self._memory.look(self._pool.agents)
+        self._memory.look(self._pool.agents, apart=self._inventory.left_out)
         source = self._source()
         if self._journal.plan is not None:
             self._planner.measured(self._journal.plan.layout, self._journal.step_s)
@@ -348,6 +353,7 @@ class Controller:
             without=lambda node: self._without(node, crew.plan),
             costs=Costs(wish.muster_s, wish.start_worker_s),
             tried=self._tried,
+            ways=self._ways,
         )
 
     def _without(self, node: str, plan: Plan) -> Outlook:
@@ -432,7 +438,8 @@ class Controller:
         for rank in trouble.ranks:
             if trouble.kind == "hang" and crew.ranks[rank].ended is None:
                 crew.kill(rank)
-        stuck = () if crew.finished else crew.abort(deadline_s=ABORT_S, dead_nodes=dead)
+        patience_s = APART_ABORT_S if trouble.ways and not self._journal.stepped(crew.plan.generation) else ABORT_S
+        stuck = () if crew.finished else crew.abort(deadline_s=patience_s, dead_nodes=dead)
         for rank, view in enumerate(crew.ranks):
             if (view.ended is not None and view.ended.how == "died") or rank in stuck:
                 self._pool.forget(crew.plan.seats[rank].worker)
@@ -456,9 +463,9 @@ class Controller:
     def _count(self, trouble: Trouble) -> Trouble:
         """Count failures of the same step. Raises NoProgress when there are too many.
 
-        Losses of machines and of the controller do not count: they end by themselves, and say nothing about the step.
+        Losses of machines, ways and the controller do not count: they end by themselves, and say nothing about the step.
         """
-        if trouble.planned or trouble.kind == "node_loss":
+        if trouble.planned or trouble.ways or trouble.kind == "node_loss":
             return trouble
         step = self._journal.reached
         self._failures[step] = self._failures.get(step, 0) + 1

@@ -20,7 +20,7 @@ TIERS = ("local", "peer_memory", "parity", "durable", "fresh")
 class Trouble:
     """Why a generation ended before its time. `silent_s`: since the last sign of life of who is at fault.
 
-    `remedy`: what was decided about somebody slow, by the name of the action."""
+    `remedy`: what was decided about somebody slow, by the name of the action. `ways`: those that are dead, (from, to)."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -30,6 +30,7 @@ class Trouble:
     detected_at: float
     silent_s: float = 0.0
     remedy: str = ""
+    ways: tuple[tuple[str, str], ...] = ()
 
     @property
     def planned(self) -> bool:
@@ -39,7 +40,7 @@ class Trouble:
     def __str__(self) -> str:
         who = f"rank {', '.join(map(str, self.ranks))}" if self.ranks else "no rank"
         where = f" on {', '.join(self.nodes)}" if self.nodes else ""
-        told = "" if self.evidence.startswith(f"{who}{where}") else f"{who}{where}: "
+        told = "" if self.ways or self.evidence.startswith(f"{who}{where}") else f"{who}{where}: "
         return f"{self.kind}: {told}{self.evidence}"
 
 

@@ -3,6 +3,7 @@
     Ray's list, the machines' own answers, membership --places--> what a plan may seat
     idle machines --growth--> processes started, settled, worth it --> trouble `resize`, at a step boundary
     told to leave --leaving--> a snapshot first --> `release`, when nobody needs what they hold
+    dead ways between machines --> one end of each is left out (`fault_tolerance/reachability.py`)
 
 Rule of this file: it looks, asks and tells the journal; who is barred is decided in `membership.py`, what is worth growing
 to in `plan.py`.
@@ -13,7 +14,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 
+from fault_tolerance.reachability import LeftOut, leave_out
 from framework import run_dir
+from framework.broken_ways import BrokenWays
 from framework.cluster import Cluster
 from framework.config import Config
 from framework.crew import Crew
@@ -49,10 +52,12 @@ class Inventory:
         pool: Pool,
         memory: Memory,
         planner: Planner,
+        ways: BrokenWays,
         stopped: Callable[[], bool],
     ) -> None:
         self._wish, self._cluster, self._journal = config.cluster, cluster, journal
         self._pool, self._memory, self._planner, self._stopped = pool, memory, planner, stopped
+        self._ways, self._left_out = ways, LeftOut((), "")
         self._members = Membership(bar_s=config.detect.quarantine_s)
         self._members.recall(run_dir.events(config.run_dir), time.time())
         self._asked_to_grow = 0.0
@@ -69,6 +74,8 @@ class Inventory:
         """The machines as they are listed now; who has joined or gone is told."""
         nodes = self._cluster.nodes()
         self._tell(self._members.see(nodes, time.time(), answers=self._cluster.confirm))
+        for text in self._ways.news():
+            self._journal.event("node", reason=text, cause="way")
         self._seen, self._seen_at = nodes, time.monotonic()
         return nodes
 
@@ -77,7 +84,7 @@ class Inventory:
         return self.see() if worried or time.monotonic() - self._seen_at >= CALM_S else self._seen
 
     def places(self) -> tuple[Place, ...]:
-        """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine."""
+        """The nodes that can be used now: alive (asked, not believed), not leaving, not in quarantine, and no dead way between two."""
         seen = self.see()
         nodes = [n for n in seen if n.alive and not n.head and n.name not in self._members.out]
         silent = self._cluster.unanswering(n.name for n in nodes)
@@ -88,7 +95,24 @@ class Inventory:
         at_most = max(self._wish.max_nodes, self._wish.num_nodes + self._wish.spare_nodes)
         usable = joined([n for n in nodes if n.name in able], ours=warm, at_most=at_most)
         places = [Place(n.name, self._wish.workers_per_node, n.domain, warm[n.name]) for n in usable]
-        return tuple(sorted(places, key=lambda place: place.node not in self.seated))  # who trains now goes before spares
+        places.sort(key=lambda place: place.node not in self.seated)  # who trains now goes before spares
+        out = self._leave_out([place.node for place in places])
+        return tuple(place for place in places if place.node not in out)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The machines that are done without, because of dead ways to others."""
+        return self._left_out.nodes
+
+    def _leave_out(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        found = leave_out(self._ways.dead, nodes, seated=self.seated)
+        if found.nodes != self._left_out.nodes:
+            for node in set(found.nodes) - set(self._left_out.nodes):
+                self._journal.event("node", reason=found.reason, cause="left_out", node=node)
+            for node in set(self._left_out.nodes) & set(nodes) - set(found.nodes):
+                self._journal.event("node", reason=f"{node} is not left out any more: {found.reason}", cause="expired", node=node)
+            self._left_out = found
+        return found.nodes
 
     # waiting
 
@@ -151,7 +175,7 @@ class Inventory:
     def _fresh(self, plan: Plan, places: Sequence[Place]) -> list[str]:
         """Nodes without a rank that have been here for a while, so that a flapping one is not grown onto; made warm."""
         idle = [place.node for place in places if place.node not in plan.nodes]
-        self._pool.start(self._seats_on(idle))
+        self._pool.start(self._seats_on([*idle, *self._left_out.nodes]))
         settled = self._members.settled(self._cluster.nodes(), time.time())
         return [name for name in idle if name in settled]
 

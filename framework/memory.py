@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -73,8 +73,9 @@ class Memory:
         found += [f"step {step} of generation {generation}: failed a restore" for generation, step in self._rejected]
         return "; ".join(found)
 
-    def look(self, agents: Mapping[str, Remote]) -> None:
-        """Ask all vaults what they hold.
+    def look(self, agents: Mapping[str, Remote], *, apart: Collection[str] = ()) -> None:
+        """Ask all vaults what they hold. Those of the machines `apart`, which not everybody can reach, count only where the newest
+        snapshot cannot be decoded without them.
 
         A vault on a busy machine that has not answered yet is asked again for as long as nothing as new as the newest
         protected step that was heard of can be decoded without it: too little patience here would lose the state.
@@ -91,6 +92,10 @@ class Memory:
             newest = self.snapshot
             if (newest is not None and newest.step >= self._reached) or time.monotonic() > deadline:
                 break
+        if apart and (newest := self.snapshot) is not None:
+            reachable = catalogue((answer for node, answer in found.items() if node not in apart), run=self._run)
+            if any(s.key == newest.key for s in reachable.snapshots):
+                self._catalogue = reachable
         self.generation = max([self.generation, *(int(i["generation"]) for i in found.values())])
 
     def reject_newest(self) -> None:

@@ -2,6 +2,7 @@
 
     verdict  ->  event `verdict` (class, place, evidence; of a hung rank its Python stack)
              ->  crash, hang, mismatch:   Trouble, when it has stood for two looks
+             ->  a transfer that hangs:   the machines ask each other which way is dead (broken_ways.py)
              ->  slow:                    weighed (weighing.py), acted upon only where that pays; where replicas take
                                           unequal shares for it, that is watched (balancer.py)
 
@@ -22,10 +23,12 @@ from typing import Any
 
 from fault_tolerance.actions import Action, choose
 from fault_tolerance.balance import Shares
+from fault_tolerance.reachability import as_verdict
 from fault_tolerance.stacks import innermost, thread_first
 from fault_tolerance.verdict import NAMES_NOBODY, Kind, Verdict
 from framework.balancer import Balancer
 from framework.balancing import relief
+from framework.broken_ways import BrokenWays, Found
 from framework.cluster import CallError, Remote
 from framework.config import Config
 from framework.incident import Trouble
@@ -44,6 +47,7 @@ STACK_S = 6.0
 STACK_CHARS = 6000
 TRAINING = "_generation_of"  # a function below which a worker trains
 UNEXPLAINED = ("hang", "crash")
+APART_S = 5.0  # a crew gets together sooner; else its machines ask each other, and again after twice as long
 
 
 @dataclass(slots=True)
@@ -79,12 +83,15 @@ class Response:
         without: Callable[[str], Outlook],
         costs: Costs,
         tried: Tried,
+        ways: BrokenWays,
     ) -> None:
         self._config, self._journal, self._plan, self._agents = config, journal, plan, agents
         self._request_test, self._without, self._costs, self._tried = request_test, without, costs, tried
         self._balancer = Balancer(journal, sentinel, request=request_shares, tried=tried)
         self._cases: dict[tuple[object, ...], Case] = {}
-        self._sentinel = sentinel
+        self._sentinel, self._ways = sentinel, ways
+        self._began = time.monotonic()
+        self._ask_after_s = APART_S
         self._logs = LogWatch(journal.logs, plan)
         self._told: set[tuple[object, ...]] = set()
         self._warned = False
@@ -107,6 +114,9 @@ class Response:
         certain = [v for v in active if v.kind in TROUBLE and v.kind != Kind.CRASH]
         if certain:
             return self._charge(certain[0])
+        apart = self._apart()
+        if apart is not None:
+            return apart
         slow = [v for v in active if v.kind in SLOW]
         over = [key for key, case in self._cases.items() if self._journal.reached - case.seen > 3 * ONSET_STEPS]
         for key in over:
@@ -134,6 +144,10 @@ class Response:
         named = next((v for v in found if v.kind in TROUBLE and (not trouble.ranks or set(v.ranks) & set(trouble.ranks))), None)
         if named is not None and not trouble.ranks and not trouble.nodes:
             return replace(self._charge(named), silent_s=trouble.silent_s)
+        if trouble.kind in UNEXPLAINED and not trouble.ranks and not trouble.nodes:
+            placed = self._on_ways(trouble, self._ways.examine(self._plan.nodes))
+            if placed is not None:
+                return placed
         self._tell(named or _as_verdict(trouble), stack=self._stack(trouble.ranks) if trouble.kind == "hang" else "")
         return trouble
 
@@ -252,6 +266,14 @@ class Response:
 
     def _charge(self, verdict: Verdict) -> Trouble:
         stack = self._stack(verdict.ranks) if verdict.kind == Kind.HANG else ""
+        if verdict.kind == Kind.LINK_HANG:
+            trouble = Trouble("hang", (), (), verdict.reason, self._journal.reached, time.time(), self._journal.quiet_s(0.0))
+            found = self._ways.examine(self._plan.nodes)
+            placed = self._on_ways(trouble, found)
+            if placed is not None:
+                return placed
+            asked = f"the machines asked each other: all of {len(found.asked)} ways work now"
+            verdict = replace(verdict, evidence=(*verdict.evidence, *([asked] if found.asked else [])))
         self._tell(verdict, stack=stack)
         evidence = verdict.reason + (f"; it is in {innermost(stack)}" if stack else "")
         trouble = Trouble(
@@ -269,6 +291,28 @@ class Response:
             return replace(trouble, ranks=(), nodes=())
         evidence = f"{trouble.evidence}; a way of {node} was stuck before, so it goes"
         return replace(trouble, ranks=(), nodes=(node,), evidence=evidence, remedy="swap" if outlook.spare else "shrink")
+
+    def _apart(self) -> Trouble | None:
+        """Whether a crew that does not come to its first step cannot, because a way between its machines is dead."""
+        if self._journal.stepped(self._plan.generation):
+            return None
+        found, waited_s = self._ways.found(), time.monotonic() - self._began
+        if waited_s > self._ask_after_s:
+            self._ask_after_s = 2 * waited_s
+            self._ways.begin(self._plan.nodes)
+        if found is None:
+            return None
+        evidence = f"the crew has not come to a first step for {waited_s:.0f} s"
+        return self._on_ways(Trouble("hang", (), (), evidence, self._journal.reached, time.time(), waited_s), found)
+
+    def _on_ways(self, trouble: Trouble, found: Found) -> Trouble | None:
+        """The trouble with its place, if machines of this crew found ways between them dead."""
+        dead = [d for d in found.dead if set(d.ends) <= set(self._plan.nodes)]
+        if not dead:
+            return None
+        verdict = as_verdict(dead, found.asked, self._sentinel.topology, before=trouble.evidence)
+        self._tell(verdict)
+        return replace(trouble, nodes=verdict.nodes, evidence=verdict.reason, ways=tuple(d.ends for d in dead))
 
     def _tell(self, verdict: Verdict, *, stack: str = "") -> None:
         if verdict.key in self._told:

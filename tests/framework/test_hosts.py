@@ -1,4 +1,4 @@
-"""A run on hosts with networks of their own, of which one is cut off without a word and comes back."""
+"""Runs on hosts with networks of their own: one is cut off without a word, a way between two loses all that goes one way."""
 
 import time
 from pathlib import Path
@@ -35,6 +35,31 @@ def test_a_host_that_is_cut_off_is_done_without_in_seconds_and_taken_back_when_i
     assert first["steps_lost"] <= 1, "a snapshot of every step, and nobody goes further than one step from it"
     layouts = list(dict.fromkeys((row["generation"], row["layout"]) for row in run_dir.metrics(run)))
     assert [layout for _, layout in layouts] == ["1x3x1", "1x2x1", "1x3x1"], layouts
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
+def test_a_way_that_is_dead_when_the_crew_connects_and_dies_again_is_named_and_done_without(tmp_path: Path) -> None:
+    """The records named a group of ranks, and every new crew waited to connect over the dead way until it was back."""
+    run = tmp_path / "run"
+    with Boxes(3) as boxes, RayCluster(boxes=boxes) as ray:
+        boxes.drop_way(2, 1)
+        process = train(ray, run, "detect.hang_timeout_s=5", num_nodes=3, steps=100_000)
+        wait_for_step(process, run, lambda row: row["layout"] == "1x2x1", 150)
+        boxes.restore_way(2, 1)
+        wait_for_step(process, run, lambda row: row["layout"] == "1x3x1" and row["step"] >= 8, 90)
+        boxes.drop_way(1, 2)
+        grown = run_dir.metrics(run)[-1]["generation"]
+        wait_for_step(process, run, lambda row: row["generation"] > grown and row["layout"] == "1x2x1", 60)
+        interrupt(process)
+        summary = finish(process, run, 60, status="interrupted", code=130)
+    hung = [i for i in summary["incidents"] if i["kind"] == "hang"]
+    assert [i["ways"] for i in hung] == [[["10.77.0.3", "10.77.0.2"]], [["10.77.0.2", "10.77.0.3"]]], hung
+    assert "has not come to a first step" in hung[0]["evidence"] and "it does not end" in hung[1]["evidence"]
+    verdicts = [e for e in run_dir.events(run) if e["kind"] == "verdict" and e["cause"] == "link_hang"]
+    assert [v["reason"].partition(":")[0] for v in verdicts] == ["way 10.77.0.3>10.77.0.2", "way 10.77.0.2>10.77.0.3"]
+    assert [e["node"] for e in run_dir.events(run) if e.get("cause") == "left_out"] == ["10.77.0.3"] * 2
 
 
 @pytest.mark.cluster

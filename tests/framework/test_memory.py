@@ -152,6 +152,17 @@ def test_a_flipped_bit_is_found_mended_and_said(run):
     assert run.memory.tolerance() == 1
 
 
+def test_who_is_not_reached_by_all_holds_nothing_where_the_state_decodes_without_it(run):
+    """A reader at the other end of a dead way would wait for its connection in vain, before it decodes."""
+    run.open(run.plan(1))
+    run.stage(1)
+    run.events()
+    run.memory.look(run.agents, apart={"n2"})
+    assert [h.node for h in run.memory.snapshot.holders] == ["n0", "n1"] and run.memory.snapshot.missing == ("n2",)
+    run.memory.look(run.agents, apart={"n1", "n2"})
+    assert [h.node for h in run.memory.snapshot.holders] == list(NODES), "more than may be lost: then it must be waited for"
+
+
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_opened():
     run = Run(free_bytes=40 << 10)
     try:

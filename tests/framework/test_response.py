@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from fault_tolerance.reachability import Stage, Way
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from framework import run_dir
+from framework.broken_ways import BrokenWays
 from framework.config import decode
 from framework.incident import Trouble
 from framework.journal import Journal
@@ -99,15 +102,25 @@ class Scene:
         self.directory, self.seen, self.asked = directory, Seen(), 0
         self.shares: list[tuple[int, ...]] = []
         config = decode(tree)
+        self.lost: set[tuple[str, str]] = set()
+        self.ways = BrokenWays(dict.fromkeys(NODES), probe=self._probe, again_s=60.0)  # type: ignore[arg-type]
         self.journal = Journal(config, "r", gauge=_no_gauge)
         self.response = Response(
             config, self.journal, PLAN, {}, sentinel=self.seen, request_test=self._ask,  # type: ignore[arg-type]
-            without=lambda node: Outlook(spare=True, ratio=1.0), costs=Costs(2.0, 8.0), tried=Tried(),
+            without=lambda node: Outlook(spare=True, ratio=1.0), costs=Costs(2.0, 8.0), tried=Tried(), ways=self.ways,
             request_shares=lambda shares: self.shares.append(tuple(shares)),
         )  # fmt: skip
 
     def _ask(self) -> None:
         self.asked += 1
+
+    def _probe(self, agents: Any) -> dict[tuple[str, str], Way]:
+        """What machines see where TCP needs both directions and a datagram its own."""
+        fine = Way(Stage.DONE, 0.001, "", 8, 8)
+        return {
+            (a, b): Way(Stage.CONNECT, 2.5, "timed out", 8, 0 if (a, b) in self.lost else 8) if {(a, b), (b, a)} & self.lost else fine
+            for a, b in permutations(agents, 2)
+        }
 
     def reach(self, step: int) -> None:
         row = {"step": step, "loss": 1.0, "step_time_s": 0.1, "samples": [0, 1], "generation": 1, "layout": "1x4x1"}
@@ -140,6 +153,47 @@ def test_a_way_that_is_stuck_gets_neither_end_killed(scene: Callable[..., Scene]
     trouble = at.response.look()
     assert trouble is not None and (trouble.kind, trouble.ranks) == ("hang", ())
     assert at.verdicts()[0]["link"] == [0, 1]
+
+
+def test_a_hang_without_a_place_gets_the_dead_way_that_the_machines_find(scene: Callable[..., Scene]) -> None:
+    """In an all-gather of four the records named all four, and the next crew waited until the way was back."""
+    at = scene()
+    at.lost = {("n1", "n2")}
+    at.seen.see(Verdict(Kind.LINK_HANG, (0, 1, 2, 3), NODES, "all came, and it does not end"))
+    trouble = at.response.look()
+    assert trouble is not None and (trouble.kind, trouble.ranks, trouble.nodes) == ("hang", (), ("n1", "n2"))
+    assert trouble.ways == (("n1", "n2"),) and str(trouble).startswith("hang: way n1>n2: ")
+    [told] = at.verdicts()
+    assert (told["cause"], told["link"], told["nodes"]) == ("link_hang", [1, 2], ["n1", "n2"])
+    assert [d.ends for d in at.ways.dead] == [("n1", "n2")]
+
+
+def test_a_collective_that_broke_and_names_nobody_has_the_machines_asked(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.lost = {("n3", "n0")}
+    trouble = at.response.explained(Trouble("crash", (), (), "a collective broke", 7, 0.0, 3.0))
+    assert (trouble.nodes, trouble.ways, trouble.silent_s) == (("n3", "n0"), (("n3", "n0"),), 3.0)
+    assert "a collective broke" in trouble.evidence
+
+
+def test_a_crew_that_does_not_come_to_a_first_step_has_its_machines_asked(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.lost = {("n1", "n2")}
+    assert at.response.look() is None and at.response._ways._round is None, "it has hardly begun"
+    at.response._began -= 6
+    assert at.response.look() is None
+    assert at.ways._round is not None
+    at.ways._round.join(10)
+    trouble = at.response.look()
+    assert trouble is not None and trouble.ways == (("n1", "n2"),)
+    assert "has not come to a first step" in trouble.evidence and not trouble.planned
+
+
+def test_a_crew_that_steps_is_not_asked_how_it_gets_together(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.reach(3)
+    at.response._began -= 600
+    assert at.response.look() is None and at.ways._round is None
 
 
 def test_a_machine_whose_ways_keep_being_stuck_is_left_out(scene: Callable[..., Scene]) -> None:
