@@ -56,8 +56,7 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
     asked, resumed = config.resume, resolve(config.resume, own=config.run_dir)
     config = replace(config, resume=resumed)  # found once, by who was asked: to another process, `auto` may mean this very run
     changed = check_same(config, resumed) if resumed is not None else ()
-    directory = RunDir.create(config.run_dir)
-    directory.write_config(plain(config))
+    directory = RunDir.create(config.run_dir, plain(config))
     run_id = directory.run_id
     if resumed is not None and (tracked := tracking_of(resumed)) is not None:
         directory.track_as(tracked)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import platform
 import sys
@@ -75,14 +76,36 @@ class Host:
 
     def redirect(self, path: str) -> None:
         """From now on what this process prints, native libraries included, is appended to this file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        redirect(Path(path))
+
+
+class _Log(io.FileIO):
+    """A log that loses lines where the disk takes none, rather than fail whoever writes them."""
+
+    def write(self, data: Any) -> int:
         try:
-            for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-                stream.flush()
-                os.dup2(descriptor, number)
-        finally:
-            os.close(descriptor)
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def redirect(path: Path) -> None:
+    """From now on what this process prints, native libraries included, is appended to this file; where it cannot be opened,
+    things stay as they are.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        print(f"log: {path}: {error.strerror}", file=sys.stderr, flush=True)
+        return
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        with contextlib.suppress(OSError):
+            getattr(sys, name).flush()
+        os.dup2(descriptor, number)
+        log = io.BufferedWriter(_Log(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(log, encoding="utf-8", errors="backslashreplace", line_buffering=True))
+    os.close(descriptor)
 
 
 def stand_back(niceness: int) -> None:

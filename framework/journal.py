@@ -57,6 +57,7 @@ class Journal:
         self._began = float(events[0]["time"]) if events else time.time()
         self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=FOLLOWED)
         self._number = 0
+        self._failure = ""
         self._lock = threading.Lock()
         self.losses = {int(e["step"]): float(e["val_loss"]) for e in events if e["kind"] == "evaluation"}
         self._val_loss: float | None = None
@@ -109,6 +110,7 @@ class Journal:
         row = self._dir.event(kind, step=at, generation=self.generation, reason=reason, **fields)
         self._telemetry.event(row)
         self._tell({"event": row})
+        self._watch_disk()
 
     def planned(self, plan: Plan, *, seconds: float, limits: Sequence[str] = ()) -> None:
         """A generation begins. `limits` say what its snapshots cannot survive."""
@@ -213,7 +215,10 @@ class Journal:
             "wall_s": wall,
             "incidents": self._incidents,
         } | dict(closing)
-        self._dir.write_summary(values)
+        try:
+            self._dir.write_summary(values)
+        except OSError as error:
+            self.event("alarm", reason=f"run_dir: {self._dir.path}/summary.json could not be written: {error.strerror}")
         kind = "finished" if status in ("finished", "interrupted") else "failed"
         losses = "".join(f", {name} {values[name]:.4f}" for name in ("final_loss", "val_loss") if values[name] is not None)
         how = "" if status == kind else f"{status} "
@@ -245,11 +250,20 @@ class Journal:
         if (age_s := self.checkpoint_age_s()) is not None:
             row["checkpoint_age_s"] = age_s
         self._dir.metric(row)
+        self._watch_disk()
         self._telemetry.step(row, self.vitals)
         while self._rows and self._rows[-1]["step"] >= row["step"]:
             self._rows.pop()
         self._rows.append(dict(row))
         self._tell({"row": dict(row)})
+
+    def _watch_disk(self) -> None:
+        """Tell when the disk takes no rows any more, and when it has taken all that waited."""
+        failure, self._failure = self._failure, self._dir.failure
+        if self._failure and not failure:
+            self.event("alarm", reason=f"run_dir: {self._failure}; make room there; training goes on, and rows wait until they can be written")
+        elif failure and not self._failure:
+            self.event("alarm", reason="run_dir: all rows that had to wait are written")
 
     def _mark(self, part: str) -> None:
         if self._startup is not None:

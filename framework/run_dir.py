@@ -50,14 +50,19 @@ class RunDir:
         self.path = Path(path)
         self.logs = self.path / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._files = {name: _open_lines(self.path / name) for name in ("metrics.jsonl", "events.jsonl")}
+        self._files = {name: _Lines(self.path / name) for name in ("metrics.jsonl", "events.jsonl")}
 
     @classmethod
-    def create(cls, path: str | Path) -> RunDir:
-        """Open the directory of a new run. Raises ValueError if a run is in it already."""
+    def create(cls, path: str | Path, config: Mapping[str, Any]) -> RunDir:
+        """Open the directory of a new run. Raises ValueError if a run is in it already, or it cannot be written."""
         if (Path(path) / "config.yaml").exists():
             raise ValueError(f"run_dir: must be new, got {path}, which holds a run; go on from it with resume={path}")
-        return cls(path)
+        try:
+            directory = cls(path)
+            directory.write_config(config)
+        except OSError as error:
+            raise ValueError(f"run_dir: must be a place that can be written, got {path} ({error.strerror}); name another one") from error
+        return directory
 
     @property
     def run_id(self) -> str:
@@ -92,23 +97,56 @@ class RunDir:
         self._append("events.jsonl", row)
         return row
 
+    @property
+    def failure(self) -> str:
+        """Why rows wait to be written: a full disk, say; empty while none does. They are, with the first one that can be."""
+        return next((lines.failure for lines in self._files.values() if lines.failure), "")
+
     def write_config(self, values: Mapping[str, Any]) -> None:
         """Write `config.yaml`."""
         _replace(self.path / "config.yaml", yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
-        """Write `summary.json`."""
+        """Write `summary.json`. Raises OSError."""
         _replace(self.path / "summary.json", json.dumps(clean(values), indent=2, allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the files; what was appended is on its way to the disk already."""
-        for file in self._files.values():
-            os.close(file)
+        for lines in self._files.values():
+            lines.close()
         self._files.clear()
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         line = json.dumps(clean(row), separators=(", ", ": "), allow_nan=False) + "\n"
-        os.write(self._files[name], line.encode())
+        self._files[name].append(line.encode())
+        for lines in self._files.values():
+            if lines.failure:
+                lines.append(b"")
+
+
+class _Lines:
+    """A file of lines, open for appending, with a torn last one cut off. What the disk does not take waits, in order."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._waiting, self.failure = file, b"", ""
+        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._descriptor).st_size
+        tail = os.pread(self._descriptor, min(size, 1 << 20), max(0, size - (1 << 20)))
+        if tail and not tail.endswith(b"\n"):
+            os.ftruncate(self._descriptor, size - len(tail) + tail.rfind(b"\n") + 1)
+
+    def append(self, line: bytes) -> None:
+        self._waiting += line
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            self.failure = ""
+        except OSError as error:
+            self.failure = f"{self._file}: {error.strerror}"
+
+    def close(self) -> None:
+        self.append(b"")
+        os.close(self._descriptor)
 
 
 def metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -172,20 +210,14 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _open_lines(file: Path) -> int:
-    """A file for appending, with a torn last line cut off."""
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    size = os.fstat(descriptor).st_size
-    tail = os.pread(descriptor, min(size, 1 << 20), max(0, size - (1 << 20)))
-    if tail and not tail.endswith(b"\n"):
-        os.ftruncate(descriptor, size - len(tail) + tail.rfind(b"\n") + 1)
-    return descriptor
-
-
 def _replace(file: Path, text: str) -> None:
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(file)
+    try:
+        aside.write_text(text)
+        aside.replace(file)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _changed(path: Path) -> float:

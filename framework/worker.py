@@ -35,6 +35,7 @@ from framework.config import Config, decode
 from framework.fault_acts import corrupt_block
 from framework.faults import FaultInjector
 from framework.finish import sample_text, state_digest
+from framework.host import redirect
 from framework.incident import Recovery
 from framework.initial import InitialWeights
 from framework.integrity import Integrity, flip_bit
@@ -179,7 +180,7 @@ class Worker:
         self._rows.clear()
         self._done.clear()
         self._heard = time.monotonic()
-        _redirect(Path(self._config.run_dir) / "logs" / log_name(plan.generation, order["rank"], self._name))
+        redirect(Path(self._config.run_dir) / "logs" / log_name(plan.generation, order["rank"], self._name))
         try:
             outcome = self._generation_of(plan, order)
             return {
@@ -406,12 +407,3 @@ def _is_collective(error: Exception) -> bool:
 
 def _last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
-def _redirect(path: Path) -> None:
-    """From now on what this process prints goes to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)

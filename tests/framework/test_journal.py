@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +70,34 @@ def test_the_loss_of_the_controller_is_an_incident_that_counts_from_its_last_wor
     [event] = [e for e in run_dir.events(tmp_path) if "incident" in e]
     assert event["incident"]["kind"] == "controller"
     assert 0.3 <= event["incident"]["detect_s"] < 5.0
+
+
+@contextmanager
+def full_disk(directory: Path, room: int) -> Iterator[None]:
+    """No file of this process may grow beyond the largest of a directory by more than `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(file.stat().st_size for file in directory.glob("*.jsonl"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest + room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room_again(tmp_path: Path) -> None:
+    """A run ended with a traceback, without a summary, because a row of metrics.jsonl could not be written."""
+    written = journal(tmp_path)
+    written.adopt([row(1, 1)])
+    with full_disk(tmp_path, room=20):  # a part of a row fits
+        written.adopt([row(step, 1) for step in (2, 3, 4)])
+        written.event("node", reason="n4 joins")
+        values = written.summary("failed", reason="it was enough", closing={}, exit_code=3)
+    said = [item["event"]["reason"] for item in written.since(0)["said"] if "event" in item]
+    assert values["status"] == "failed"
+    assert any(text.startswith(f"run_dir: {tmp_path}/metrics.jsonl: File too large; make room there; training goes on") for text in said)
+    assert any("summary.json could not be written" in text for text in said)
+    written.adopt([row(5, 1)])
+    written.close()
+    assert [r["step"] for r in run_dir.metric_rows(tmp_path)] == [1, 2, 3, 4, 5]
+    kinds = [(e["kind"], e["reason"]) for e in run_dir.events(tmp_path)]
+    assert ("node", "n4 joins") in kinds and kinds[-1] == ("alarm", "run_dir: all rows that had to wait are written")

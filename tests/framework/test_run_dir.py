@@ -86,12 +86,17 @@ def test_the_identity_of_a_run_is_made_once_and_may_be_inherited(tmp_path):
 
 
 def test_a_directory_that_holds_a_run_is_not_taken_for_a_new_one(tmp_path):
-    RunDir.create(tmp_path).write_config({"seed": 0})
+    RunDir.create(tmp_path, {"seed": 0}).close()
     with pytest.raises(ValueError, match=r"run_dir: must be new, got .*; go on from it with resume="):
-        RunDir.create(tmp_path)
+        RunDir.create(tmp_path, {})
     assert run_dir.config(tmp_path) == {"seed": 0}
     with pytest.raises(ValueError, match="must be a run directory"):
         run_dir.config(tmp_path / "nothing")
+
+
+def test_a_place_that_cannot_be_written_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"^run_dir: must be a place that can be written, got /proc/a/run \(No such file .*\); name another one$"):
+        RunDir.create("/proc/a/run", {})
 
 
 def test_two_runs_in_one_second_have_two_names_and_the_newest_is_found(tmp_path):
