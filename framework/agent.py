@@ -27,7 +27,7 @@ from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import stack_of
 from fault_tolerance.vault import Vault
 from fault_tolerance.version import Key, Version
-from framework.network import chosen, interfaces
+from framework.network import chosen, interfaces, used_address
 from framework.notice import Notice
 from parallel.recorder_build import RECORDER, why_not
 
@@ -148,7 +148,7 @@ class Agent:
     def probe(self, what: str, *args: Any, **options: Any) -> Any:
         """Ask this node's probe (`fault_tolerance/probe.py`); the first question opens it."""
         if self._probe is None:
-            self._probe = Probe(host=self._host)
+            self._probe = Probe(host=used_address(self._host, os.environ, interfaces()))
         return getattr(self._probe, what)(*args, **options)
 
     def interface(self) -> str:

@@ -44,6 +44,14 @@ def socket_environment(address: str, environment: Mapping[str, str], found: Mapp
     return {variable: name for variable in VARIABLES if name and variable not in environment}
 
 
+def used_address(address: str, environment: Mapping[str, str], found: Mapping[str, Sequence[str]]) -> str:
+    """The address over which collectives of the node at `address` go: another one where the user's variables name an interface."""
+    names = [environment[variable] for variable in VARIABLES if environment.get(variable) in found]
+    if not names or address in found[names[0]]:
+        return address
+    return next((other for other in found[names[0]] if (":" in other) == (":" in address)), address)
+
+
 def chosen(address: str, environment: Mapping[str, str], found: Mapping[str, Sequence[str]]) -> str:
     """The interface that collectives of the node at `address` use, and the reason, in words."""
     own = interface_of(address, found)

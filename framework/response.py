@@ -145,7 +145,10 @@ class Response:
         if named is not None and not trouble.ranks and not trouble.nodes:
             return replace(self._charge(named), silent_s=trouble.silent_s)
         if trouble.kind in UNEXPLAINED and not trouble.ranks and not trouble.nodes:
-            placed = self._on_ways(trouble, self._ways.examine(self._plan.nodes))
+            began = time.monotonic()
+            found_dead = self._ways.examine(self._plan.nodes)
+            trouble = replace(trouble, detected_at=time.time(), silent_s=trouble.silent_s + time.monotonic() - began)
+            placed = self._on_ways(trouble, found_dead)
             if placed is not None:
                 return placed
         self._tell(named or _as_verdict(trouble), stack=self._stack(trouble.ranks) if trouble.kind == "hang" else "")
@@ -267,8 +270,8 @@ class Response:
     def _charge(self, verdict: Verdict) -> Trouble:
         stack = self._stack(verdict.ranks) if verdict.kind == Kind.HANG else ""
         if verdict.kind == Kind.LINK_HANG:
-            trouble = Trouble("hang", (), (), verdict.reason, self._journal.reached, time.time(), self._journal.quiet_s(0.0))
             found = self._ways.examine(self._plan.nodes)
+            trouble = Trouble("hang", (), (), verdict.reason, self._journal.reached, time.time(), self._journal.quiet_s(0.0))
             placed = self._on_ways(trouble, found)
             if placed is not None:
                 return placed

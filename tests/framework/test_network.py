@@ -1,6 +1,6 @@
 """Which interface collectives use."""
 
-from framework.network import interface_of, interfaces, socket_environment
+from framework.network import interface_of, interfaces, socket_environment, used_address
 
 FOUND = {"lo": ("127.0.0.1", "::1"), "eth0": ("192.168.1.7",), "ib0": ("10.0.0.7", "fe80::1"), "down0": ()}
 
@@ -18,6 +18,14 @@ def test_what_the_user_has_set_stays():
         "TP_SOCKET_IFNAME": "ib0",
     }
     assert socket_environment("10.9.9.9", {}, FOUND) == {}
+
+
+def test_ways_are_asked_over_the_interface_that_collectives_use():
+    assert used_address("192.168.1.7", {}, FOUND) == "192.168.1.7"
+    assert used_address("192.168.1.7", {"GLOO_SOCKET_IFNAME": "ib0"}, FOUND) == "10.0.0.7"
+    assert used_address("192.168.1.7", {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0"}, FOUND) == "192.168.1.7"
+    assert used_address("192.168.1.7", {"NCCL_SOCKET_IFNAME": "^docker0"}, FOUND) == "192.168.1.7"
+    assert used_address("192.168.1.7", {"GLOO_SOCKET_IFNAME": "down0"}, FOUND) == "192.168.1.7"
 
 
 def test_this_machine_has_a_loopback_interface():
