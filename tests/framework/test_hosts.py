@@ -16,17 +16,23 @@ NO_HOSTS = why_not()
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
-def test_a_host_that_is_cut_off_is_done_without_in_seconds_and_taken_back_when_it_returns(tmp_path: Path) -> None:
-    """Nothing closes a connection to a host that is cut off, and Ray believes in it for a minute."""
+def test_a_host_that_is_cut_off_is_done_without_and_taken_back_and_so_is_one_behind_a_dead_way(tmp_path: Path) -> None:
+    """Nothing closes a connection to a host that is cut off, and Ray believes in it for a minute. Of a way that loses what goes one way
+    the records named a group of ranks.
+    """
     run = tmp_path / "run"
     with Boxes(3) as boxes, RayCluster(boxes=boxes) as ray:
-        process = train(ray, run, "fault_tolerance.max_steps_lost=1", num_nodes=3, steps=100_000)
+        process = train(ray, run, "fault_tolerance.max_steps_lost=1", "detect.hang_timeout_s=6", num_nodes=3, steps=100_000)
         wait_for_step(process, run, lambda row: row["step"] >= 8, 120)
         boxes.cut(2)
         assert wait_for_step(process, run, lambda row: row["generation"] > 1, 30) < 30
         time.sleep(2)
         boxes.join(2)
         wait_for_step(process, run, lambda row: row["generation"] > 2 and row["layout"] == "1x3x1", 90)
+        grown = run_dir.metrics(run)[-1]["generation"]
+        time.sleep(2)
+        boxes.drop_way(1, 2)
+        wait_for_step(process, run, lambda row: row["generation"] > grown and row["layout"] == "1x2x1", 60)
         interrupt(process)
         summary = finish(process, run, 60, status="interrupted", code=130)
         assert left_behind(ray) == NOTHING
@@ -34,32 +40,28 @@ def test_a_host_that_is_cut_off_is_done_without_in_seconds_and_taken_back_when_i
     assert (first["kind"], first["nodes"]) == ("node_loss", ["10.77.0.3"])
     assert first["steps_lost"] <= 1, "a snapshot of every step, and nobody goes further than one step from it"
     layouts = list(dict.fromkeys((row["generation"], row["layout"]) for row in run_dir.metrics(run)))
-    assert [layout for _, layout in layouts] == ["1x3x1", "1x2x1", "1x3x1"], layouts
+    assert [layout for _, layout in layouts] == ["1x3x1", "1x2x1", "1x3x1", "1x2x1"], layouts
+    [way] = [e for e in run_dir.events(run) if e["kind"] == "verdict" and e["cause"] == "link_hang"]
+    assert way["reason"].startswith("way 10.77.0.2>10.77.0.3: ") and "it does not end" in way["reason"], way
+    assert [i["ways"] for i in summary["incidents"] if i["kind"] == "hang"] == [[["10.77.0.2", "10.77.0.3"]]]
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
-def test_a_way_that_is_dead_when_the_crew_connects_and_dies_again_is_named_and_done_without(tmp_path: Path) -> None:
-    """The records named a group of ranks, and every new crew waited to connect over the dead way until it was back."""
+def test_a_way_that_is_dead_when_the_crew_connects_is_named_and_done_without(tmp_path: Path) -> None:
+    """Every new crew waited to connect over the dead way until it was back, for five minutes at most, and then the next one."""
     run = tmp_path / "run"
     with Boxes(3) as boxes, RayCluster(boxes=boxes) as ray:
         boxes.drop_way(2, 1)
-        process = train(ray, run, "detect.hang_timeout_s=5", num_nodes=3, steps=100_000)
-        wait_for_step(process, run, lambda row: row["layout"] == "1x2x1", 150)
-        boxes.restore_way(2, 1)
-        wait_for_step(process, run, lambda row: row["layout"] == "1x3x1" and row["step"] >= 8, 90)
-        boxes.drop_way(1, 2)
-        grown = run_dir.metrics(run)[-1]["generation"]
-        wait_for_step(process, run, lambda row: row["generation"] > grown and row["layout"] == "1x2x1", 60)
+        process = train(ray, run, num_nodes=3, steps=100_000)
+        wait_for_step(process, run, lambda row: row["layout"] == "1x2x1" and row["step"] >= 3, 150)
         interrupt(process)
         summary = finish(process, run, 60, status="interrupted", code=130)
-    hung = [i for i in summary["incidents"] if i["kind"] == "hang"]
-    assert [i["ways"] for i in hung] == [[["10.77.0.3", "10.77.0.2"]], [["10.77.0.2", "10.77.0.3"]]], hung
-    assert "has not come to a first step" in hung[0]["evidence"] and "it does not end" in hung[1]["evidence"]
-    verdicts = [e for e in run_dir.events(run) if e["kind"] == "verdict" and e["cause"] == "link_hang"]
-    assert [v["reason"].partition(":")[0] for v in verdicts] == ["way 10.77.0.3>10.77.0.2", "way 10.77.0.2>10.77.0.3"]
-    assert [e["node"] for e in run_dir.events(run) if e.get("cause") == "left_out"] == ["10.77.0.3"] * 2
+    first = summary["incidents"][0]
+    assert (first["kind"], first["ways"]) == ("hang", [["10.77.0.3", "10.77.0.2"]])
+    assert first["evidence"].startswith("way 10.77.0.3>10.77.0.2: ") and "has not come to a first step" in first["evidence"]
+    assert [e["node"] for e in run_dir.events(run) if e.get("cause") == "left_out"] == ["10.77.0.3"]
 
 
 @pytest.mark.cluster
