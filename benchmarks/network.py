@@ -42,8 +42,8 @@ HOLDS_S = {"way": 20.0}  # of training on with the fault still there; others are
 NOTES = (
     "One run each, at a load of 5 to 20 on two cores, not all on one day; the seconds of `cut` are the incident's own, from the last word of",
     "the host that was cut off. `slow`: the records name the group whose collectives take long, the pair test the way, and its far end is left",
-    "out. `way`: in an all-gather of four ranks the records do not show which way lost its message, so the machines ask each other; it stays dead",
-    "for 20 s of training on three hosts, and then the fourth is taken back. Most of the seconds until it is told are the deadline of a hang",
+    "out. `way`, while nothing else heavy ran: in a collective of four ranks the records do not show which way lost its message, so the machines ask each other; it stays dead",
+    "for 20 s of training on three hosts, and then the fourth is taken back, 19 s after the way was. Most of the seconds until it is told are the deadline of a hang",
     "(`detect.hang_timeout_s`, 15 s here).",
 )
 LEAST_STEPS = {"way": 300}  # so that the run lasts until the machine that was left out is back
