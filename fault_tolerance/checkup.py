@@ -2,7 +2,7 @@
 
     versions      must be equal                         limits    must not be too small, and not unlike the others'
     speeds        at least 1/1.25 of the median         ways      by the delay matrix: a cell, a row, a column, a node
-    clocks        within the error of the question, or 50 ms
+    clocks        within the error of the question, or 50 ms     dead ways by direction (`reachability.py`)
 
 Rule of this file: pure; a finding says whose it is, what is usual, and what to do. Sources: DLRover's pre-check, GREYHOUND's passes.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from fault_tolerance.pairtest import judge_ways
+from fault_tolerance.reachability import Dead
 from fault_tolerance.verdict import Topology
 from parallel.layout import Layout
 
@@ -24,6 +25,7 @@ SMALL_SHM_BYTES = 256 << 20
 FEW_FILES = 1024
 SPEEDS = {"copy_bytes_per_s": "copies memory", "flops_per_s": "multiplies matrices"}
 GB = 1e9
+OPEN_PORTS = "open the ports between the nodes, or choose the interface by GLOO_SOCKET_IFNAME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Checkup:
-    """Everything that was asked, and what stands out."""
+    """Everything that was asked, and what stands out. `dead`: what was found when some way did not work."""
 
     nodes: tuple[NodeReport, ...]
     ways: Mapping[tuple[str, str], WayReport] = field(default_factory=dict)
+    dead: tuple[Dead, ...] = ()
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -88,13 +91,12 @@ def _unreachable(checkup: Checkup) -> Iterator[Finding]:
     for report in checkup.nodes:
         if report.failure:
             yield Finding((report.node,), f"{report.node} cannot be examined: {report.failure}", must=True)
+    told = {frozenset(dead.ends) for dead in checkup.dead}
+    for dead in checkup.dead:
+        yield Finding(dead.ends, f"{dead}: {dead.why}; {OPEN_PORTS}", must=True)
     for (source, target), way in checkup.ways.items():
-        if way.failure:
-            yield Finding(
-                (source, target),
-                f"{target} cannot reach {source}: {way.failure}; open the ports between the nodes, or choose the interface by GLOO_SOCKET_IFNAME",
-                must=True,
-            )
+        if way.failure and frozenset((source, target)) not in told:
+            yield Finding((source, target), f"{target} cannot reach {source}: {way.failure}; {OPEN_PORTS}", must=True)
 
 
 def _versions(nodes: tuple[NodeReport, ...]) -> Iterator[Finding]:

@@ -19,8 +19,10 @@ from typing import Any, TypeVar
 
 from fault_tolerance.checkup import Checkup, NodeReport, WayReport, best_of, slow_nodes
 from fault_tolerance.pairtest import all_rounds, ring_rounds
+from fault_tolerance.reachability import dead_ways
 from framework.cluster import Call, CallError, Remote
 from framework.ray_calls import first_line
+from framework.way_probe import probe_ways
 
 ANSWER_S = 60.0
 WAY_BYTES = 8 << 20
@@ -38,7 +40,9 @@ def examine(agents: Agents, hosts: Mapping[str, str], *, one_machine: bool) -> C
     again = {node: well[node] for node in slow_nodes(tuple(reports.values()))}
     for node, speeds in _speeds(again, one_machine).items():
         reports[node] = best_of(reports[node], speeds)
-    return Checkup(tuple(reports.values()), _ways(well, one_machine))
+    ways = _ways(well, one_machine)
+    dead = dead_ways(probe_ways(well)) if any(way.failure for way in ways.values()) else ()
+    return Checkup(tuple(reports.values()), ways, dead)
 
 
 def words(checkup: Checkup) -> str:

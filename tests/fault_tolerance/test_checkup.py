@@ -8,6 +8,7 @@ import pytest
 
 from fault_tolerance.checkup import Checkup, NodeReport, WayReport, best_of, slow_nodes
 from fault_tolerance.probe import Probe
+from fault_tolerance.reachability import Dead
 
 USUAL = NodeReport(
     node="n0",
@@ -55,6 +56,9 @@ def test_a_clock_is_not_blamed_for_a_slow_question():
 
 def test_a_way_that_is_closed_is_wrong_and_one_that_is_slow_is_odd():
     assert found(NODES[0], WAYS | {("n1", "n3"): WayReport(0.0, 0.0, 1, "timed out")}) == [(("n1", "n3"), True)]
+    failed = WAYS | {("n1", "n3"): WayReport(0.0, 0.0, 1, "timed out"), ("n3", "n1"): WayReport(0.0, 0.0, 1, "timed out")}
+    [finding] = Checkup(NODES, failed, (Dead("n3", "n1", "nothing comes"),)).findings
+    assert finding.must and finding.reason.startswith("way n3>n1: nothing comes; "), "both fail, one direction is dead"
     [(nodes, must)] = found(NODES[0], WAYS | {("n1", "n3"): WayReport(1e-4, 0.05, 1 << 20)})
     assert set(nodes) == {"n1", "n3"} and not must
 
