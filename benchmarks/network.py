@@ -42,9 +42,9 @@ HOLDS_S = {"way": 20.0}  # of training on with the fault still there; others are
 NOTES = (
     "One run each, at a load of 5 to 20 on two cores, not all on one day; the seconds of `cut` are the incident's own, from the last word of",
     "the host that was cut off. `slow`: the records name the group whose collectives take long, the pair test the way, and its far end is left",
-    "out. `way`, while nothing else heavy ran: in a collective of four ranks the records do not show which way lost its message, so the machines ask each other; it stays dead",
-    "for 20 s of training on three hosts, and then the fourth is taken back, 19 s after the way was. Most of the seconds until it is told are the deadline of a hang",
-    "(`detect.hang_timeout_s`, 15 s here).",
+    "out. `way`, while nothing else heavy ran: in a collective of four ranks the records do not show which way lost its message, so the machines",
+    "ask each other; it stays dead for 20 s of training on three hosts, and then the fourth is taken back. Most of the seconds until it is told",
+    "are the deadline of a hang (`detect.hang_timeout_s`, 15 s here).",
 )
 LEAST_STEPS = {"way": 300}  # so that the run lasts until the machine that was left out is back
 
@@ -202,6 +202,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join("–" if cell is None else str(cell) for cell in cells) + " |")
     for row in rows:
         lines += ["", f"`{row['fault']}`:", *(f"- {text[:300]}" for text in row["told"][:6])]
+        if row.get("undone_s") is not None:
+            lines.append(f"- the fault was undone after {row['undone_s']:.1f} s, with {row['steps_meanwhile']} new steps taken by then")
     return "\n".join([*lines, "", *NOTES]) + "\n"
 
 
