@@ -58,7 +58,7 @@ def main(into: Path) -> None:
 def _failed(done: list[dict[str, object]]) -> list[str]:
     """The tries that did not hold, with what was seen."""
     wrong = [row for row in done if not row["held"]]
-    return ["", "### Tries that did not hold", "", *(f"- {row['cell']} ({row['run']}): {json.dumps(row['wrong'])}" for row in wrong)] if wrong else []
+    return ["", "### Tries that did not hold", "", *(f"- {row['cell']} ({row['run']}): {json.dumps(row['wrong'])}" + (f"; mended since: {row['mended']}" if "mended" in row else "") for row in wrong)] if wrong else []
 
 
 if __name__ == "__main__":

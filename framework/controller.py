@@ -126,6 +126,13 @@ class Controller:
         self._journal.event("trouble", reason=f"asked to stop: {reason}", cause="stop")
         self._stop.set()
 
+    def salvage(self) -> None:
+        """Save the newest protected snapshot. Asked for while Ray's head is away: the loop may wait for it, and ends with it."""
+        plan, step = self._journal.plan, self._memory.protected
+        if plan is not None and step is not None:
+            self._durable.begin(plan, step, self._pool.agents, self._specs)
+            self._durable.finish()
+
     def run(self) -> dict[str, Any]:
         """The whole run. Returns the summary, `exit_code` included; called again, the same one."""
         self._called.set()

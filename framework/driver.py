@@ -39,6 +39,7 @@ from parallel.recorder_build import RECORDER
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
 FOLLOW_S = 0.5
 LOCAL_HEAD_S = 10.0  # a head that is stopped, or waits for a processor, answers within that
+LAST_SAVE_S = 8.0  # after 45 s without a head, of the 60 s that Ray leaves
 FIND_AGAIN_S = 120.0  # Ray looks for dead nodes for some 15 s before it starts anew what ran there
 
 
@@ -85,8 +86,8 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
                     "startup": startup.plain(),
                 }
                 log = str(Path(config.run_dir).resolve() / "logs" / "controller.log")
-                with _head_watched(cluster, config, shown):
-                    controller = cluster.start_controller("framework.controller:Controller", payload, log=log)
+                controller = cluster.start_controller("framework.controller:Controller", payload, log=log)
+                with _head_watched(cluster, controller, config, shown):
                     _await_constructor(controller, interrupts)
                     summary = _follow(cluster, controller, shown, interrupts)
     except ClusterError as error:
@@ -164,11 +165,19 @@ def _opened(config: Config, run_id: str, startup: Startup, early: LocalCluster |
 
 
 @contextmanager
-def _head_watched(cluster: Cluster, config: Config, shown: Telemetry) -> Iterator[None]:
-    """A run ends with a last word when Ray's head is lost. Nobody starts that of a local cluster again, so nobody waits for it."""
+def _head_watched(cluster: Cluster, controller: Remote, config: Config, shown: Telemetry) -> Iterator[None]:
+    """A run is saved, and ends with a last word, when Ray's head is lost. Nobody starts that of a local cluster again, so nobody waits
+    for it.
+    """
     patience_s = PATIENCE_S if cluster.control is None else LOCAL_HEAD_S
+    saves: list[Call] = []
+
+    def away() -> None:
+        saves.append(controller.call("salvage"))
 
     def gone(reason: str) -> None:
+        for save in saves[-1:]:
+            save.wait(LAST_SAVE_S)
         saved = newest_of(config) or config.resume  # its own, or that which it began from
         way = f"a checkpoint exists: go on with resume={saved}" if saved else "no checkpoint exists: start again, with fault_tolerance.durable.every_steps set"
         summary = {"status": "failed", "reason": f"{reason}; Ray ends, and the run with it; {way}"}
@@ -176,7 +185,7 @@ def _head_watched(cluster: Cluster, config: Config, shown: Telemetry) -> Iterato
         _last_word(config, summary)
         os._exit(EXIT_CODES["failed"])  # whatever would be asked of Ray now would wait for its head
 
-    with HeadWatch(cluster.head(), tell=lambda text: shown.event(_notice(text)), gone=gone, patience_s=patience_s):
+    with HeadWatch(cluster.head(), tell=lambda text: shown.event(_notice(text)), away=away, gone=gone, patience_s=patience_s):
         yield
 
 

@@ -1,10 +1,12 @@
 """Head watch: whether the head of a Ray cluster that was joined is still there, and a last word if it is not.
 
-    a connection to GCS each second   ok, ok, refused, refused, ... for longer than PATIENCE_S   ->  gone
+    a connection to GCS each second   ok, ok, refused, refused, ...    for longer than PATIENCE_S   ->  gone
+                                                    each AWAY_S:  away
 
 Ray itself looks for its head for a minute, and then ends every process that had joined it, in the middle of whatever it does,
-with an exit code of its own. So the driver says what happened, and how to go on, before that. A head that comes back in
-time, as one does that keeps its state in Redis, is only told of.
+with an exit code of its own. Until then actors still answer each other, so that the state can be saved; and the driver says
+what happened, and how to go on, before it is ended too. A head that comes back in time, as one does that keeps its state in
+Redis, is only told of.
 
 Rule of this file: it looks from a thread of its own and calls back; what is done then is `driver.py`'s matter.
 """
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PATIENCE_S = 45.0  # below Ray's own minute (gcs_rpc_server_reconnect_timeout_s)
+AWAY_S = 10.0
 LOOK_S = 1.0
 CONNECT_S = 3.0
 
@@ -38,14 +41,25 @@ class Absence:
 
 
 class HeadWatch:
-    """Calls `tell` when the head is away, and when it is back; `gone`, once, when it stayed away. Use it as a context."""
+    """Calls `tell` when the head is away, and when it is back; `away`, which must not block, again and again while it is away;
+    `gone`, once, when it stayed away. Use it as a context.
+    """
 
     def __init__(
-        self, address: str, *, tell: Callable[[str], None], gone: Callable[[str], None], patience_s: float = PATIENCE_S, look_s: float = LOOK_S
+        self,
+        address: str,
+        *,
+        tell: Callable[[str], None],
+        away: Callable[[], None],
+        gone: Callable[[str], None],
+        patience_s: float = PATIENCE_S,
+        away_s: float = AWAY_S,
+        look_s: float = LOOK_S,
     ) -> None:
         self._host, _, port = address.rpartition(":")
         self._address, self._port = address, int(port)
-        self._tell, self._gone, self._patience_s, self._look_s = tell, gone, patience_s, look_s
+        self._tell, self._away, self._gone = tell, away, gone
+        self._patience_s, self._away_s, self._look_s = patience_s, away_s, look_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="head-watch")
 
@@ -57,7 +71,7 @@ class HeadWatch:
         self._over.set()
 
     def _watch(self) -> None:
-        absence = Absence()
+        absence, times = Absence(), 0
         while not self._over.wait(self._look_s):
             before, now = absence, time.monotonic()
             absence = absence.look(now, answers=self._answers())
@@ -66,6 +80,10 @@ class HeadWatch:
             if absence.is_final(time.monotonic(), self._patience_s):
                 self._gone(f"Ray's head at {self._address} must answer, and has not for {self._patience_s:.0f} s")
                 return
+            times = 0 if absence.since is None else times
+            if absence.is_final(now, (times + 1) * self._away_s):
+                times += 1
+                self._away()
             if before.since is None and absence.since is not None:
                 self._tell(f"Ray's head at {self._address} does not answer; the run ends if it stays away for {self._patience_s:.0f} s")
             elif before.since is not None and absence.since is None:

@@ -37,14 +37,21 @@ def test_a_head_that_comes_back_is_told_of_and_one_that_stays_away_ends_the_run(
     """A driver whose head was lost was ended by Ray after a minute, with code 1 and a line of Ray's log."""
     told: list[str] = []
     gone: list[str] = []
+    away: list[int] = []
     server = listening()
     port = server.getsockname()[1]
-    with HeadWatch(f"127.0.0.1:{port}", tell=told.append, gone=gone.append, patience_s=1.0, look_s=0.02):
+    with HeadWatch(
+        f"127.0.0.1:{port}", tell=told.append, away=lambda: away.append(len(told)), gone=gone.append, patience_s=2.0, away_s=0.5, look_s=0.02
+    ):
         server.close()
         wait(lambda: told)
+        assert not away, "a moment is nothing"
+        wait(lambda: away)
         server = listening(port)
         wait(lambda: len(told) == 2)
         assert "does not answer" in told[0] and "answers again, after" in told[1] and not gone
+        away.clear()
         server.close()
         wait(lambda: gone)
-    assert gone == [f"Ray's head at 127.0.0.1:{port} must answer, and has not for 1 s"]
+    assert len(away) == 3, "it is counted from the newest absence, again and again"
+    assert gone == [f"Ray's head at 127.0.0.1:{port} must answer, and has not for 2 s"]
