@@ -126,12 +126,19 @@ class Controller:
         self._journal.event("trouble", reason=f"asked to stop: {reason}", cause="stop")
         self._stop.set()
 
-    def salvage(self) -> None:
-        """Save the newest protected snapshot. Asked for while Ray's head is away: the loop may wait for it, and ends with it."""
+    def salvage(self, last: bool) -> None:
+        """Begin to save the newest protected snapshot: Ray's head is away, the loop waits for it, and the crew steps on.
+
+        `last`: it stays away, so this is waited for, and what the crew has done without being heard is written down, too.
+        """
         plan, step = self._journal.plan, self._memory.protected
         if plan is not None and step is not None:
             self._durable.begin(plan, step, self._pool.agents, self._specs)
+        if last:
+            self._adopt()
             self._durable.finish()
+            for saved in self._durable.poll():
+                self._journal.event("checkpoint", **saved)
 
     def run(self) -> dict[str, Any]:
         """The whole run. Returns the summary, `exit_code` included; called again, the same one."""

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,14 +170,10 @@ def _head_watched(cluster: Cluster, controller: Remote, config: Config, shown: T
     for it.
     """
     patience_s = PATIENCE_S if cluster.control is None else LOCAL_HEAD_S
-    saves: list[Call] = []
-
-    def away() -> None:
-        saves.append(controller.call("salvage"))
 
     def gone(reason: str) -> None:
-        for save in saves[-1:]:
-            save.wait(LAST_SAVE_S)
+        with suppress(Exception):  # whatever Ray has to say by now, there must be a last word
+            controller.call("salvage", True).wait(LAST_SAVE_S)
         saved = newest_of(config) or config.resume  # its own, or that which it began from
         way = f"a checkpoint exists: go on with resume={saved}" if saved else "no checkpoint exists: start again, with fault_tolerance.durable.every_steps set"
         summary = {"status": "failed", "reason": f"{reason}; Ray ends, and the run with it; {way}"}
@@ -185,8 +181,13 @@ def _head_watched(cluster: Cluster, controller: Remote, config: Config, shown: T
         _last_word(config, summary)
         os._exit(EXIT_CODES["failed"])  # whatever would be asked of Ray now would wait for its head
 
-    with HeadWatch(cluster.head(), tell=lambda text: shown.event(_notice(text)), away=away, gone=gone, patience_s=patience_s):
+    with HeadWatch(cluster.head(), tell=lambda text: shown.event(_notice(text)), away=lambda: _salvage(controller), gone=gone, patience_s=patience_s):
         yield
+
+
+def _salvage(controller: Remote) -> None:
+    """Have the newest state saved; whoever asks does not wait."""
+    controller.call("salvage", False)
 
 
 def _await_constructor(controller: Remote, interrupts: _Interrupts) -> None:
