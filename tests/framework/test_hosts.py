@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.hosts import Boxes, why_not
 from benchmarks.ray_cluster import RayCluster
+from fault_tolerance import shelf
 from framework import run_dir
 from tests.framework.attached import NOTHING, finish, interrupt, left_behind, train, wait_for_step
 
@@ -69,7 +70,8 @@ def test_a_way_that_is_dead_when_the_crew_connects_is_named_and_done_without(tmp
 @pytest.mark.skipif(NO_HOSTS is not None, reason=str(NO_HOSTS))
 def test_the_machine_of_the_command_is_lost_and_then_ray_s_head(tmp_path: Path) -> None:
     """With the command's machine went the controller, which was bound to it: workers, vaults and reservations stayed in the
-    cluster for ever. With the head, Ray ended the command after a minute, with code 1 and without a word.
+    cluster for ever. With the head, Ray ended the command after a minute, with code 1 and without a word; all that came after the
+    newest checkpoint was lost, although workers and vaults had lived until then.
     """
     first, second = tmp_path / "first", tmp_path / "second"
     with Boxes(3) as boxes, RayCluster(boxes=boxes, head_cpus=0) as ray:
@@ -87,8 +89,12 @@ def test_the_machine_of_the_command_is_lost_and_then_ray_s_head(tmp_path: Path) 
         process = train(ray, second, "resume=auto", num_nodes=1, steps=100_000, node=2)
         wait_for_step(process, second, lambda row: row["step"] >= summary["steps"] + 3, 150)
         assert run_dir.metrics(second)[0]["step"] == summary["steps"] + 1
+        reached = run_dir.metrics(second)[-1]["step"]
         ray.crash(0)
         _, said = process.communicate(timeout=120)
         assert process.returncode == 3 and b"Ray's head at 10.77.0.1:" in said and b"checkpoint" in said, said.decode()[-2000:]
         ended = run_dir.summary(second)
         assert ended is not None and ended["status"] == "failed" and "Ray's head" in ended["reason"]
+    kept, rows = max(shelf.checkpoints(f"{second}/checkpoints")), run_dir.metrics(second)
+    assert reached + 20 < kept <= rows[-1]["step"], "of the 45 seconds that it trained on without a head, little is lost"
+    assert [row["step"] for row in rows] == list(range(rows[0]["step"], rows[-1]["step"] + 1))
