@@ -152,6 +152,7 @@ def test_a_run_that_is_ended_leaves_nothing_behind(tmp_path: Path, ending: str) 
     last = run_dir.summary(run)
     if ending == "without Ray's head":  # Ray ended all that had joined it after a minute, the driver too, and nobody said a word
         assert last is not None and last["status"] == "failed" and "head" in last["reason"], last
+        assert os.listdir(run / "checkpoints") and "go on with resume=" in last["reason"], "the processes that were left have saved the state"
     if ending == "one signal":
         assert last is not None and last["status"] == "interrupted" and last["steps"] == steps(run)
         assert os.listdir(run / "checkpoints"), "the state is saved on a signal"
