@@ -275,7 +275,8 @@ class Controller:
 
         Raises Refused when steps were taken and nothing of them is left.
         """
-        snapshot, durable = self._memory.snapshot, self._durable.newest()
+        snapshot = self._memory.snapshot
+        durable = self._durable.newest(than=None if snapshot is None else snapshot.step)
         if snapshot is not None and (durable is None or snapshot.step >= durable.step):
             return Source("memory", snapshot.step)
         if durable is not None:

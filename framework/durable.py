@@ -98,6 +98,8 @@ class Durable:
         self._thread: threading.Thread | None = None
         self._news: list[dict[str, Any]] = []
         self._rejected: set[str] = set()
+        told = [e for e in run_dir.events(config.run_dir) if e["kind"] == "checkpoint" and e["saved"]]
+        self._newest = max((int(e["step"]) for e in told), default=-1)  # that was ever saved, by this life of the controller or another
         self._saved = -1
         self._saved_at = time.time()
         self._asked = False
@@ -110,8 +112,14 @@ class Durable:
         """Seconds since the newest checkpoint, or since the start; None where none is asked for while the run goes on."""
         return time.time() - self._saved_at if self._wish.every_steps > 0 else None
 
-    def newest(self) -> Source | None:
-        """The newest checkpoint this run can start from: its own, else the one it resumes."""
+    def newest(self, *, than: int | None = None) -> Source | None:
+        """The newest checkpoint this run can start from: its own, else the one it resumes.
+
+        `than`: what is not newer than this step is of no use. Storage is not asked then where nothing newer was ever saved: one
+        that does not answer would hold up who has a snapshot in memory.
+        """
+        if than is not None and self._newest <= than:
+            return None
         own = reversed(shelf.checkpoints(self.root).values())
         for path in [path for path in (*own, self._first) if path is not None and path not in self._rejected]:
             try:
@@ -179,6 +187,7 @@ class Durable:
                 for agent in agents.values():
                     agent.call("let_go")
             took, self._saved, self._saved_at = time.monotonic() - began, step, time.time()
+            self._newest = max(self._newest, step)
             self._news.append(
                 {"step": step, "reason": f"saved to {path}", "path": path, "bytes": num_bytes, "save_s": took, "saved": True}
             )

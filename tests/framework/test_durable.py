@@ -136,6 +136,26 @@ def test_a_run_that_ends_waits_for_storage_that_is_slow_and_not_for_one_that_is_
     assert "has taken nothing" in keeper.failure, "nor does a run that goes on wait for ever"
 
 
+def test_storage_is_asked_only_for_what_may_be_newer_than_what_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every recovery asked it for its newest checkpoint: with an object store that had stopped, a lost node cost a minute, not seconds."""
+    keeper = durable(tmp_path)
+    save(keeper, 8, Agent())
+    newest = keeper.newest(than=6)
+    assert newest is not None and newest.step == 8
+    RunDir(tmp_path).event("checkpoint", step=8, generation=1, reason="", saved=True)
+
+    def asked(root: str) -> dict[int, str]:
+        raise AssertionError("it does not answer")
+
+    monkeypatch.setattr("framework.durable.shelf.checkpoints", asked)
+    for asks in (keeper, durable(tmp_path)):
+        assert asks.newest(than=8) is None and asks.newest(than=9) is None
+        with pytest.raises(AssertionError, match="does not answer"):
+            asks.newest(than=7)
+    with pytest.raises(AssertionError, match="does not answer"):
+        durable(tmp_path / "new").newest()
+
+
 def test_the_best_are_kept_by_the_newest_held_out_loss_up_to_them(tmp_path: Path) -> None:
     losses: dict[int, float] = {}
     keeper = durable(
