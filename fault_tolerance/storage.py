@@ -5,14 +5,16 @@
 
 Two rules. An object that can be seen is complete and durable: locally it is written under a hidden name, fsynced,
 renamed, and the directory fsynced; remotely it is an upload that is committed at its end, or discarded. And only
-faults that may pass by themselves are retried: a full disk is not.
+faults that may pass by themselves are retried: a full disk is not, and silence only once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import shutil
 import time
@@ -33,8 +35,10 @@ _HOPELESS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENODATA)
 )
 _S3: dict[str, Any] = {  # who tries again is told once, in this file: three loops inside each other took minutes to say that nobody answers
-    "config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
+    "config_kwargs": {"connect_timeout": 10, "read_timeout": 20, "retries": {"total_max_attempts": 1}}
 }
+_REQUEST_S = 60.0  # of one part or less; `read_timeout` does not begin before all of it is sent, and a store that is stopped takes nothing
+_SILENCES = 2  # who was silent so often until the time was up is not asked again: each costs half a minute
 _REMEDIES = {
     errno.ENOSPC: "make room there, keep fewer checkpoints, or save elsewhere",
     errno.EDQUOT: "make room there, keep fewer checkpoints, or save elsewhere",
@@ -55,6 +59,10 @@ class StorageError(RuntimeError):
     def __init__(self, message: str, *, errno: int | None = None) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class _RequestTimeoutError(Exception):
+    """An object store has not taken a request in time. No TimeoutError: fsspec keeps the word of none."""
 
 
 class _SourceFailedError(Exception):
@@ -113,6 +121,7 @@ def retry(what: str, call: Callable[[], T], *, attempts: int, first_delay_s: flo
 
     Raises StorageError with the last reason.
     """
+    silences = 0
     for attempt in range(attempts):
         try:
             return call()
@@ -123,7 +132,8 @@ def retry(what: str, call: Callable[[], T], *, attempts: int, first_delay_s: flo
             raise StorageError(f"{what}: must exist, but does not", errno=errno.ENOENT) from error
         except Exception as error:  # object stores raise classes of their own; every one is re-raised, typed
             code = error.errno if isinstance(error, OSError | StorageError) else None
-            if code in _HOPELESS or attempt == attempts - 1:
+            silences += "Timeout" in type(error).__name__
+            if code in _HOPELESS or silences == _SILENCES or attempt == attempts - 1:
                 tries = f"after {attempt + 1} tries" if attempt else "at once"
                 remedy = f"; {_REMEDIES[code]}" if code in _REMEDIES else ""
                 raise StorageError(f"{what}: failed {tries}: {error or type(error).__name__}{remedy}", errno=code) from error
@@ -221,9 +231,8 @@ class RemoteStorage:
         import fsspec  # kept out of the start-up of runs that save locally
 
         self.url = url.rstrip("/")
-        self._fs, self._path = fsspec.core.url_to_fs(self.url, **(_S3 if self.url.startswith("s3://") else {}))
-        if self.url.startswith("s3://"):
-            self._fs.retries = 1
+        found: tuple[Any, str] = _s3(self.url) if self.url.startswith("s3://") else fsspec.core.url_to_fs(self.url)
+        self._fs, self._path = found
         self._retry: dict[str, Any] = {"attempts": attempts, "first_delay_s": first_delay_s}
 
     def write(self, name: str, parts: Callable[[], Iterable[Bytes]]) -> int:
@@ -236,7 +245,9 @@ class RemoteStorage:
             file.close()
             file.commit()
         except BaseException:
-            file.discard()
+            with contextlib.suppress(Exception):  # a store that has just failed; why it did is what is to be told
+                file.discard()
+            file.closed = True  # else it would be sent once more when it is collected, by whichever thread that meets
             raise
         return size
 
@@ -287,6 +298,32 @@ class RemoteStorage:
 
         for row in retry(self.url, rows, **self._retry):
             yield row["name"].rstrip("/").rsplit("/", 1)[-1], row["size"] or 0, row["type"]
+
+
+def _s3(url: str) -> tuple[Any, str]:
+    """The file system and the path of an S3 URL."""
+    kind = _s3_kind()
+    store = kind(**_S3)
+    store.retries = 1
+    return store, str(kind._strip_protocol(url))
+
+
+@functools.cache
+def _s3_kind() -> Any:
+    """s3fs, but no request takes longer than `_REQUEST_S`."""
+    import s3fs
+    from fsspec.asyn import sync_wrapper
+
+    class S3(s3fs.S3FileSystem):
+        async def _call_s3(self, *words: Any, **options: Any) -> Any:
+            try:
+                return await asyncio.wait_for(super()._call_s3(*words, **options), _REQUEST_S)
+            except TimeoutError:
+                raise _RequestTimeoutError(f"{words[0]}: the store has not taken the request within {_REQUEST_S:g} s") from None
+
+        call_s3 = sync_wrapper(_call_s3)
+
+    return S3
 
 
 def _guarded(parts: Callable[[], Iterable[Bytes]]) -> Iterator[Bytes]:

@@ -36,6 +36,7 @@ HOLD_S = 10.0
 STALLED_S = 300.0  # without a byte taken, and a save has failed
 ENDING_S = 30.0  # the same for a run that has come to its end: it may have been told to leave the machine
 LOOK_S = 0.5
+AT_ONCE_S = 30.0  # a save that has failed after more is not tried again at once: it would be long until somebody hears of it
 
 
 def resolve(resume: str | None, *, own: str) -> str | None:
@@ -113,15 +114,20 @@ class Durable:
         return time.time() - self._saved_at if self._wish.every_steps > 0 else None
 
     def newest(self, *, than: int | None = None) -> Source | None:
-        """The newest checkpoint this run can start from: its own, else the one it resumes.
+        """The newest checkpoint this run can start from: its own, else the one it resumes. A storage that cannot be looked into has
+        none of its own, which `poll` then tells.
 
         `than`: what is not newer than this step is of no use. Storage is not asked then where nothing newer was ever saved: one
         that does not answer would hold up who has a snapshot in memory.
         """
         if than is not None and self._newest <= than:
             return None
-        own = reversed(shelf.checkpoints(self.root).values())
-        for path in [path for path in (*own, self._first) if path is not None and path not in self._rejected]:
+        try:
+            own = list(shelf.checkpoints(self.root).values())
+        except StorageError as error:
+            own, reason = [], f"checkpoints could not be looked for: {error}"
+            self._news.append({"step": than or 0, "reason": reason, "age_s": time.time() - self._saved_at, "saved": False})
+        for path in [path for path in (*reversed(own), self._first) if path is not None and path not in self._rejected]:
             try:
                 checkpoint = Checkpoint.open(path)
             except (ValueError, StorageError):
@@ -170,18 +176,19 @@ class Durable:
             yield self._news.pop(0)
 
     def _save(self, plan: Plan, step: int, agents: dict[str, Remote], specs: tuple[TensorSpec, ...]) -> None:
-        began, reason, attempts, path = time.monotonic(), "", self._wish.retries + 1, self._path(step)
-        for attempt in range(attempts):
+        began, reason, attempts, path = time.monotonic(), "", 0, self._path(step)
+        for attempt in range(self._wish.retries + 1):
             try:
                 step = self._hold(plan, step, agents)
                 path = self._path(step)
                 num_bytes = self._write(plan, step, path, agents, specs)
                 self._visible = True
             except Exception as error:  # whatever it is: a save that fails never stops training
-                reason = f"{type(error).__name__}: {error}"
+                reason, attempts = f"{type(error).__name__}: {error}", attempt + 1
+                if attempt == self._wish.retries or time.monotonic() - began > AT_ONCE_S:
+                    break
                 self._discard(path)
-                if attempt + 1 < attempts:
-                    time.sleep(min(10.0, 0.5 * 2**attempt))
+                time.sleep(min(10.0, 0.5 * 2**attempt))
                 continue
             finally:
                 for agent in agents.values():
@@ -194,15 +201,16 @@ class Durable:
             self._prune()
             return
         self._saved, self.failure = -1, reason  # the next snapshot tries again
-        age = time.time() - self._saved_at
+        age, times = time.time() - self._saved_at, "once" if attempts == 1 else f"{attempts} times"
         self._news.append({
             "step": step,
-            "reason": f"save failed {attempts} times, training goes on, the newest checkpoint is {age:.0f} s old: {reason}",
+            "reason": f"save failed {times}, training goes on, the newest checkpoint is {age:.0f} s old: {reason}",
             "path": path,
             "attempts": attempts,
             "age_s": age,
             "saved": False,
         })
+        self._discard(path)
 
     def _path(self, step: int) -> str:
         return f"{self.root.rstrip('/')}/{shelf.step_name(step)}"
@@ -222,7 +230,7 @@ class Durable:
     def _discard(self, path: str) -> None:
         """Take away what a failed attempt has written, so that a full disk is not made fuller; not a checkpoint."""
         with contextlib.suppress(StorageError, OSError):
-            storage = open_storage(path)
+            storage = open_storage(path, attempts=1)
             if INDEX not in storage.sizes():
                 storage.remove_all()
 
@@ -260,15 +268,15 @@ class Durable:
         }
 
     def _prune(self) -> None:
-        steps = list(shelf.checkpoints(self.root))
-        verdicts = retain(
-            steps,
-            keep_last=self._wish.keep_last,
-            keep_every=self._wish.keep_every,
-            keep_best=self._wish.keep_best,
-            losses={step: loss for step in steps if (loss := self._loss_of(step)) is not None},
-        )
         try:
+            steps = list(shelf.checkpoints(self.root))
+            verdicts = retain(
+                steps,
+                keep_last=self._wish.keep_last,
+                keep_every=self._wish.keep_every,
+                keep_best=self._wish.keep_best,
+                losses={step: loss for step in steps if (loss := self._loss_of(step)) is not None},
+            )
             shelf.remove(self.root, [verdict.step for verdict in verdicts if not verdict.keep])
         except (StorageError, OSError) as error:
             self._news.append({"step": self._saved, "reason": f"old checkpoints could not be removed: {error}", "saved": True})

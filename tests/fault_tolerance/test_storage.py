@@ -1,8 +1,10 @@
 """Storage on real media: a full disk, a broken disk, an object store, and faults that pass."""
 
+import contextlib
 import errno
 import fcntl
 import os
+import socket
 import struct
 import subprocess
 import threading
@@ -16,7 +18,7 @@ import pytest
 from fault_tolerance.checkpoint import Checkpoint
 from fault_tolerance.shard import write_shard
 from fault_tolerance.shelf import checkpoints, newest, remove, sweep, torn
-from fault_tolerance.storage import LocalStorage, StorageError, open_storage, paced, retry
+from fault_tolerance.storage import _S3, LocalStorage, StorageError, _s3_kind, open_storage, paced, retry
 from tests.fault_tolerance.saving import atlas_of, decoder_specs, free_port, load, random_state, save
 
 
@@ -273,11 +275,57 @@ def test_a_large_object_goes_up_in_parts_or_not_at_all(bucket: str) -> None:
 def test_an_object_store_that_is_gone_is_said_in_seconds(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three libraries tried again inside each other: a run heard after minutes that its store did not answer."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
+    _s3_kind().clear_instance_cache()
     began = time.monotonic()
     with pytest.raises(StorageError, match=r"s3://gone/run/x: failed after 2 tries: Could not connect.*127\.0\.0\.1"):
         open_storage("s3://gone/run", attempts=2, first_delay_s=0.01).write("x", lambda: [np.zeros(9, np.uint8)])
     assert time.monotonic() - began < 20
-    s3fs.S3FileSystem.clear_instance_cache()
+    _s3_kind().clear_instance_cache()
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An object store that begins uploads and then is silent: it takes connections, as a stopped process does, and reads nothing."""
+    begun = (
+        b"<?xml version='1.0'?><InitiateMultipartUploadResult><Bucket>b</Bucket><Key>k</Key><UploadId>u</UploadId></InitiateMultipartUploadResult>"
+    )
+
+    def serve(connection: socket.socket) -> None:
+        while b"?uploads" in connection.recv(1 << 16):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % (len(begun), begun))
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(server.accept()[0])
+                threading.Thread(target=serve, args=(held[-1],), daemon=True).start()
+
+    held: list[socket.socket] = []
+    pytest.importorskip("s3fs")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=accept, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "t")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "t")
+        monkeypatch.setattr("fault_tolerance.storage._REQUEST_S", 1.5)
+        monkeypatch.setitem(_S3["config_kwargs"], "read_timeout", 0.5)
+        _s3_kind().clear_instance_cache()
+        yield
+        _s3_kind().clear_instance_cache()
+        server.shutdown(socket.SHUT_RDWR)
+    for connection in held:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_an_object_store_that_falls_silent_is_asked_twice(stopped: None) -> None:
+    """Each of four tries waited for half a minute. And of a part that such a store did not take the end was waited for without end:
+    nothing limits how long a request may take to be sent.
+    """
+    storage = open_storage("s3://silent/run", first_delay_s=0.01)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=r"s3://silent/run: failed after 2 tries: Read timeout.*127\.0\.0\.1"):
+        storage.sizes()
+    with pytest.raises(StorageError, match=r"s3://silent/run/x: failed after 2 tries: upload_part: .*within 1\.5 s"):
+        storage.write("x", lambda: [np.zeros(32 << 20, np.uint8)])
+    assert time.monotonic() - began < 20

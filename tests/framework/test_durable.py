@@ -17,6 +17,7 @@ from fault_tolerance import shelf
 from fault_tolerance.checkpoint import INDEX
 from fault_tolerance.index import entry_to_plain
 from fault_tolerance.shard import write_shard
+from fault_tolerance.storage import StorageError
 from framework.config import decode
 from framework.durable import Durable, check_same, resolve, tracking_of
 from framework.run_dir import RunDir
@@ -154,6 +155,33 @@ def test_storage_is_asked_only_for_what_may_be_newer_than_what_is_in_memory(tmp_
             asks.newest(than=7)
     with pytest.raises(AssertionError, match="does not answer"):
         durable(tmp_path / "new").newest()
+
+
+def test_a_save_that_fails_slowly_is_told_before_it_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that had fallen silent was waited for four times, eight minutes long, before there was an alarm."""
+    monkeypatch.setattr("framework.durable.AT_ONCE_S", 0.0)
+    keeper, agent = durable(tmp_path, "fault_tolerance.durable.every_steps=4"), Agent(fails=1)
+    [news] = save(keeper, 4, agent)
+    assert not news["saved"] and "save failed once" in news["reason"] and agent.asked == 1
+    [news] = save(keeper, 5, agent)
+    assert news["saved"], "the next snapshot tries again"
+
+
+def test_a_storage_that_is_gone_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that asked a dead S3 what it had ended as by a fault of ours, where its state was in memory."""
+    keeper = durable(tmp_path)
+    save(keeper, 4, Agent())
+
+    def gone(root: str) -> dict[int, str]:
+        raise StorageError("s3://runs: failed after 4 tries: nobody is there")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("framework.durable.shelf.checkpoints", gone)
+        assert keeper.newest() is None
+    [told] = keeper.poll()
+    assert not told["saved"] and "nobody is there" in told["reason"] and told["age_s"] < 60
+    found = keeper.newest()
+    assert found is not None and found.step == 4
 
 
 def test_the_best_are_kept_by_the_newest_held_out_loss_up_to_them(tmp_path: Path) -> None:
