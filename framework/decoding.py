@@ -41,6 +41,7 @@ Below1 = Annotated[float, Rule("a number from 0 to below 1", lambda v: 0 <= v < 
 
 _PLAIN = {bool: "true or false", int: "an integer", float: "a number", str: "text", types.NoneType: "null"}
 _EXAMPLE: dict[Any, object] = {bool: "true", int: 4, float: 1.5}
+_OFF = ("disabled", "off", "no", "none", "false", "null")  # all mean the same, however unlike they are spelt
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,8 @@ def _union(hint: Any, options: tuple[Any, ...], value: Any, where: str) -> Any:
 def _literal(hint: Any, options: tuple[Any, ...], value: Any, where: str) -> Any:
     if value in options:
         return value
-    near = difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0.5)
+    off = [option for option in options if option in _OFF and str(value).lower() in _OFF]
+    near = off or difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0.5)
     advice = f"did you mean {where}={near[0]}?" if near else f"for example {where}={options[0]}"
     raise ValueError(f"{where}: must be {_says(hint)}, got {show(value)}; {advice}")
 
