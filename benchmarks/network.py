@@ -182,7 +182,7 @@ def _until(process: subprocess.Popen[bytes], holds: Callable[[], bool]) -> None:
 
 def _rows(run: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return run_dir.metric_rows(run)
     except (OSError, ValueError):
         return []  # not there yet, or a line half written
 

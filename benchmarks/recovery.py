@@ -41,6 +41,7 @@ import psutil
 import yaml
 
 from benchmarks.ray_cluster import RayCluster, kill_tree
+from framework import run_dir
 from framework.machines import CONTROL, Machines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +71,7 @@ class Steps:
     """A file of steps that grows, seen from outside: who took which step (`life`), and when it was seen."""
 
     def __init__(self, path: Path, life: str) -> None:
-        self._path, self._life, self._offset = path, life, 0
+        self._path, self._life, self._tail = path, life, run_dir.Tail(path)
         self.seen: list[tuple[float, int, Any]] = []
 
     def wait(self, holds: Callable[[], bool], timeout_s: float, alive: Callable[[], bool]) -> None:
@@ -83,15 +84,8 @@ class Steps:
             time.sleep(0.01)
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError), self._path.open() as file:
-            file.seek(self._offset)
-            now = time.monotonic()
-            for line in iter(file.readline, ""):
-                if not line.endswith("\n"):
-                    break
-                self._offset += len(line.encode())
-                row = json.loads(line)
-                self.seen.append((now, int(row["step"]), row[self._life]))
+        now = time.monotonic()
+        self.seen += [(now, int(row["step"]), row[self._life]) for row in self._tail.new()]
 
     @property
     def last(self) -> int:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from framework import run_dir
 from framework.faults import call
 from framework.machines import Machines
 from framework.matrix import Cell, faults, incidents_of, steady, wrong
@@ -56,7 +57,9 @@ class Campaign:
         self._driver, self._directory, self._todo, self._tell = driver, directory, todo, tell
         self._nodes, self._slots, self._tolerate = nodes, slots, tolerate
         self._every_steps, self._num_steps = every_steps, num_steps
-        self._events, self._written = Tail(directory / "events.jsonl"), Tail(directory / "metrics.jsonl")
+        self._told, self._written = run_dir.Tail(directory / "events.jsonl"), run_dir.Tail(directory / "metrics.jsonl")
+        self._all_events: list[dict[str, Any]] = []
+        self._counting: list[dict[str, Any]] = []
         self.control: str | None = None
         self.hits: list[Hit] = []
         self.found: list[dict[str, Any]] = []
@@ -98,7 +101,7 @@ class Campaign:
         """One cell, from steady to steady. None when the run ended meanwhile, whatever the reason: nobody judges half a cell."""
         began, reached = time.time(), self._step()
         doomed = [nodes[place] for place in cell.places]
-        generation = self._written.look()[-1]["generation"]
+        generation = self._rows()[-1]["generation"]
         row = {"cell": str(cell), "layout": cell.layout, "time": began, "nodes": doomed, "run": self._directory.name, "from_step": reached}
         self.under_way = row
         call(self._directory / "drill", faults(cell, nodes, ranks_a_node=self._slots, step=reached + AHEAD))
@@ -106,7 +109,7 @@ class Campaign:
         def verdict(*complaints: str) -> dict[str, Any] | None:
             if self._over.is_set():
                 return None
-            incidents = incidents_of(self._events.look(), began)
+            incidents = incidents_of(self._events(), began)
             lost = max((int(i["steps_lost"]) for i in incidents), default=0)
             kinds = [f"{i['kind']} {i['layout_before']}>{i['layout_after']} {i['tier']}" for i in incidents]
             seconds = {"cell_s": time.time() - began, "back_s": sum(i["total_s"] for i in incidents if i["kind"] != "resize")}
@@ -114,13 +117,13 @@ class Campaign:
 
         if not self._until(lambda: all(self._state(machines).get(node) == "dead" for node in doomed)):
             return verdict(f"not all of {', '.join(doomed)} were killed within {PATIENCE_S:.0f} s: {self._state(machines)}")
-        if not self._until(lambda: self._written.look()[-1]["generation"] > generation):
+        if not self._until(lambda: self._rows()[-1]["generation"] > generation):
             return verdict(f"no new step within {PATIENCE_S:.0f} s")
         for node in doomed:
             machines.launch(node)
         if not self._until(self._steady):
             return verdict(f"not grown back within {PATIENCE_S:.0f} s")
-        return verdict(*wrong(self._events.look(), self._rows(), since=began, every_steps=self._every_steps))
+        return verdict(*wrong(self._events(), self._rows(), since=began, every_steps=self._every_steps))
 
     def _state(self, machines: Machines) -> dict[str, str]:
         with contextlib.suppress(ClusterError):
@@ -128,17 +131,24 @@ class Campaign:
         return {}
 
     def _steady(self) -> tuple[str, ...]:
-        events, rows = self._events.look(), self._rows()
+        events, rows = self._events(), self._rows()
         return steady(events, rows, layout=self._todo[0].layout, nodes=self._nodes, tolerate=self._tolerate)
 
     def _step(self) -> int:
         rows = self._rows()
         return int(rows[-1]["step"]) if rows else 0
 
+    def _events(self) -> list[dict[str, Any]]:
+        self._all_events += self._told.new()
+        return self._all_events
+
     def _rows(self) -> list[dict[str, Any]]:
-        """The rows that count so far, one for each step."""
-        rows = {row["step"]: row for row in self._written.look()}
-        return [rows[step] for step in sorted(rows)]
+        """The rows that count so far: a step that is done again takes back those from it on."""
+        for row in self._written.new():
+            while self._counting and self._counting[-1]["step"] >= row["step"]:
+                self._counting.pop()
+            self._counting.append(row)
+        return self._counting
 
     def _seen_control(self) -> str | None:
         self.control = self.control or find_control(self._driver)
@@ -153,26 +163,9 @@ class Campaign:
         return value
 
 
-class Tail:
-    """The lines of a file of JSON that somebody is writing; each is read once."""
-
-    def __init__(self, file: Path) -> None:
-        self._file, self._size, self._lines = file, 0, list[dict[str, Any]]()
-
-    def look(self) -> list[dict[str, Any]]:
-        """All whole lines that are there by now."""
-        if self._file.exists() and self._file.stat().st_size > self._size:
-            with self._file.open("rb") as stream:
-                stream.seek(self._size)
-                whole = stream.read().rpartition(b"\n")[0]
-            self._size += len(whole) + bool(whole)
-            self._lines += [json.loads(line) for line in whole.splitlines()]
-        return self._lines
-
-
 def read(file: Path) -> list[dict[str, Any]]:
     """The verdicts that were written down so far."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return run_dir.Tail(file).new()
 
 
 def write(file: Path, row: dict[str, Any]) -> None:

@@ -13,12 +13,13 @@ Rule of this file: bytes and names. It decides nothing, and no field is computed
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,12 +158,12 @@ def metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def metric_rows(path: str | Path) -> list[dict[str, Any]]:
     """Every row as written, steps that were done again included."""
-    return list(_rows(Path(path) / "metrics.jsonl"))
+    return Tail(Path(path) / "metrics.jsonl").new()
 
 
 def events(path: str | Path) -> list[dict[str, Any]]:
     """Every event, in order."""
-    return list(_rows(Path(path) / "events.jsonl"))
+    return Tail(Path(path) / "events.jsonl").new()
 
 
 def summary(path: str | Path) -> dict[str, Any] | None:
@@ -201,13 +202,24 @@ def clean(value: Any) -> Any:
     return clean(value.item()) if hasattr(value, "item") else str(value)
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.exists():
-        return
-    with file.open("rb") as lines:
-        for line in lines:
-            if line.endswith(b"\n") and line.strip():
-                yield json.loads(line)
+class Tail:
+    """The lines of a file of JSON that somebody may be writing; each is read once, and not before it is whole."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._offset = file, 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Those that have come since the last time. None while there is no such file."""
+        found = []
+        with contextlib.suppress(FileNotFoundError), self._file.open("rb") as lines:
+            lines.seek(self._offset)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                if line.strip():
+                    found.append(json.loads(line))
+        return found
 
 
 def _replace(file: Path, text: str) -> None:

@@ -15,7 +15,6 @@ Rule of this file: it looks at a run as a stranger does (its files, its processe
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -25,10 +24,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from framework import run_dir
 from framework.machines import CONTROL, Machines
 from framework.nodes import ClusterError
 
@@ -66,8 +65,8 @@ def reached(directory: Path, when: str) -> bool:
     if what == "start":
         return True
     if what == "step":
-        return any(row["step"] >= int(number) for row in _lines(directory / "metrics.jsonl"))
-    return sum(event["kind"] == what for event in _lines(directory / "events.jsonl")) >= int(number)
+        return any(row["step"] >= int(number) for row in run_dir.metric_rows(directory))
+    return sum(event["kind"] == what for event in run_dir.events(directory)) >= int(number)
 
 
 def drawn(seed: int, *, num_steps: int, nodes: int, slots: int, tolerate: int) -> tuple[Strike, ...]:
@@ -191,10 +190,3 @@ def _descendants(pid: int) -> list[psutil.Process]:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that somebody is writing."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]

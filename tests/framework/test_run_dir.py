@@ -41,6 +41,18 @@ def test_numbers_that_json_does_not_know_become_null(tmp_path):
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["loss"] is None
 
 
+def test_a_file_that_is_being_written_is_read_line_by_line_and_each_line_once(tmp_path):
+    """One reader failed at a half-written last line, where the next one passed it over for good."""
+    file = tmp_path / "metrics.jsonl"
+    tail = run_dir.Tail(file)
+    assert tail.new() == []
+    file.write_bytes(b'{"step": 1}\n{"step": 2, "loss"')
+    assert [row["step"] for row in tail.new()] == [1] == [row["step"] for row in run_dir.metric_rows(tmp_path)]
+    with file.open("ab") as more:
+        more.write(b': 3.5}\n{"st')
+    assert tail.new() == [{"step": 2, "loss": 3.5}] and tail.new() == []
+
+
 def test_a_torn_last_line_is_cut_off_when_a_new_life_opens_the_directory(tmp_path):
     RunDir(tmp_path).metric(row(1))
     with (tmp_path / "metrics.jsonl").open("a") as file:
