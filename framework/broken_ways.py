@@ -42,7 +42,7 @@ class Known:
 
 
 @dataclass(slots=True)
-class Memory:
+class Register:
     """The dead ways and how often each has died. Times on the caller's clock."""
 
     ways: dict[Pair, Known] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class BrokenWays:
         again_s: float = ASK_AGAIN_S,
     ) -> None:
         self._agents, self._probe, self._again_s = agents, probe, again_s
-        self._memory, self._lock = Memory(), threading.Lock()
+        self._register, self._lock = Register(), threading.Lock()
         self._news: list[str] = []
         self._round: threading.Thread | None = None
         self._found: Found | None = None
@@ -93,7 +93,7 @@ class BrokenWays:
     def dead(self) -> tuple[Dead, ...]:
         """The ways that are known to be dead. Does not wait."""
         with self._lock:
-            return tuple(known.dead for known in self._memory.ways.values())
+            return tuple(known.dead for known in self._register.ways.values())
 
     def examine(self, nodes: Iterable[str]) -> Found:
         """Have these machines ask each other now. Takes some seconds."""
@@ -101,8 +101,8 @@ class BrokenWays:
         seen = self._probe(asked) if len(asked) > 1 else {}
         found = Found(dead_ways(seen), frozenset(seen))
         with self._lock:
-            self._news += self._memory.take(found, time.monotonic())
-            if self._memory.ways and self._keeper is None and not self._over.is_set():
+            self._news += self._register.take(found, time.monotonic())
+            if self._register.ways and self._keeper is None and not self._over.is_set():
                 self._keeper = threading.Thread(target=self._ask_again, daemon=True, name="broken ways")
                 self._keeper.start()
         return found
@@ -138,6 +138,6 @@ class BrokenWays:
         while not self._over.wait(self._again_s):
             self.examine({node for d in self.dead for node in d.ends})
             with self._lock:
-                if not self._memory.ways:
+                if not self._register.ways:
                     self._keeper = None
                     return

@@ -8,7 +8,7 @@ from itertools import permutations
 from typing import Any
 
 from fault_tolerance.reachability import Dead, Stage, Way
-from framework.broken_ways import BrokenWays, Found, Memory, Pair
+from framework.broken_ways import BrokenWays, Found, Pair, Register
 
 NODES = ("n0", "n1", "n2")
 ALL = frozenset(permutations(NODES, 2))
@@ -19,22 +19,22 @@ WELL = Found((), ALL)
 
 def test_a_way_is_believed_again_after_ten_seconds_and_after_twice_as_long_the_next_time() -> None:
     """One that comes and goes must not end a generation each time that it comes."""
-    memory = Memory()
-    assert memory.take(DEAD, 0.0) == () and list(memory.ways) == [CELL]
-    assert memory.take(WELL, 5.0) == () and memory.take(WELL, 14.0) == ()
-    assert memory.take(DEAD, 14.5) == () and memory.take(WELL, 15.0) == (), "it died meanwhile: the time begins anew"
-    [told] = memory.take(WELL, 25.0)
-    assert told == "the way n1>n2 works again, for 10 s by now: it may be used" and not memory.ways
-    memory.take(DEAD, 30.0)
-    assert memory.take(WELL, 40.0) == () and memory.take(WELL, 50.0) == () and memory.take(WELL, 60.0) != ()
+    register = Register()
+    assert register.take(DEAD, 0.0) == () and list(register.ways) == [CELL]
+    assert register.take(WELL, 5.0) == () and register.take(WELL, 14.0) == ()
+    assert register.take(DEAD, 14.5) == () and register.take(WELL, 15.0) == (), "it died meanwhile: the time begins anew"
+    [told] = register.take(WELL, 25.0)
+    assert told == "the way n1>n2 works again, for 10 s by now: it may be used" and not register.ways
+    register.take(DEAD, 30.0)
+    assert register.take(WELL, 40.0) == () and register.take(WELL, 50.0) == () and register.take(WELL, 60.0) != ()
 
 
 def test_who_could_not_be_asked_says_nothing_about_a_way() -> None:
-    memory = Memory()
-    memory.take(DEAD, 0.0)
+    register = Register()
+    register.take(DEAD, 0.0)
     for now in (10.0, 60.0):
-        assert memory.take(Found((), frozenset({("n0", "n1"), ("n1", "n0")})), now) == ()
-    assert list(memory.ways) == [CELL]
+        assert register.take(Found((), frozenset({("n0", "n1"), ("n1", "n0")})), now) == ()
+    assert list(register.ways) == [CELL]
 
 
 class Network:
@@ -67,7 +67,7 @@ def test_the_ends_of_a_dead_way_are_asked_again_until_it_works() -> None:
         assert [d.ends for d in found.dead] == [CELL] == [d.ends for d in ways.dead]
         _until(lambda: len(network.asked) > 2)
         assert network.asked[0] == set(NODES) and set(network.asked[1:]) == {frozenset(CELL)}
-        ways._memory.deaths[CELL] = -20  # it need not work for long
+        ways._register.deaths[CELL] = -20  # it need not work for long
         network.dead = False
         _until(lambda: not ways.dead)
         assert len(ways.news()) == 1 and ways.news() == ()
