@@ -33,7 +33,7 @@ def test_a_host_that_is_cut_off_is_done_without_and_taken_back_and_so_is_one_beh
         grown = run_dir.metrics(run)[-1]["generation"]
         time.sleep(2)
         boxes.drop_way(1, 2)
-        wait_for_step(process, run, lambda row: row["generation"] > grown and row["layout"] == "1x2x1", 60)
+        wait_for_step(process, run, lambda row: row["generation"] > grown and row["layout"] == "1x2x1", 90)
         interrupt(process)
         summary = finish(process, run, 60, status="interrupted", code=130)
         assert left_behind(ray) == NOTHING
@@ -56,7 +56,7 @@ def test_a_way_that_is_dead_when_the_crew_connects_is_named_and_done_without(tmp
     with Boxes(3) as boxes, RayCluster(boxes=boxes) as ray:
         boxes.drop_way(2, 1)
         process = train(ray, run, num_nodes=3, steps=100_000)
-        wait_for_step(process, run, lambda row: row["layout"] == "1x2x1" and row["step"] >= 3, 150)
+        wait_for_step(process, run, lambda row: row["layout"] == "1x2x1" and row["step"] >= 3, 240)
         interrupt(process)
         summary = finish(process, run, 60, status="interrupted", code=130)
     first = summary["incidents"][0]
