@@ -33,7 +33,7 @@ from framework.matrix import cells, left_to_do
 from framework.strikes import Striker, left_behind
 from parallel.layout import Layout
 
-LIMIT_S = 600.0
+LIMIT_S = 1200.0
 GONE_S = 10.0
 NODES, TOLERATE, EVERY = 4, 2, 2  # of the matrix
 W = TypeVar("W", Striker, Campaign)
