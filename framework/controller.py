@@ -127,13 +127,20 @@ class Controller:
         self._stop.set()
 
     def salvage(self, last: bool) -> None:
-        """Begin to save the newest protected snapshot: Ray's head is away, the loop waits for it, and the crew steps on.
+        """Begin to save the newest protected snapshot, and ask for another one: Ray's head is away, the loop waits for it, and the
+        crew steps on.
 
         `last`: it stays away, so this is waited for, and what the crew has done without being heard is written down, too.
         """
-        plan, step = self._journal.plan, self._memory.protected
-        if plan is not None and step is not None:
+        plan = self._journal.plan
+        reporter = None if plan is None else self._pool.workers.get(plan.seats[0].worker)
+        if plan is None or reporter is None:
+            return
+        for event in self._memory.poll():
+            self._journal.event(**{"kind": "snapshot", **event})
+        if (step := self._memory.protected) is not None:
             self._durable.begin(plan, step, self._pool.agents, self._specs)
+        reporter.call("request_snapshot", plan.generation)
         if last:
             self._adopt()
             self._durable.finish()

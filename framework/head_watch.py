@@ -1,7 +1,7 @@
 """Head watch: whether the head of a Ray cluster that was joined is still there, and a last word if it is not.
 
     a connection to GCS each second   ok, ok, refused, refused, ...    for longer than PATIENCE_S   ->  gone
-                                                    each AWAY_S:  away
+                                                    each quarter of it:  away
 
 Ray itself looks for its head for a minute, and then ends every process that had joined it, in the middle of whatever it does,
 with an exit code of its own. Until then actors still answer each other, so that the state can be saved; and the driver says
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PATIENCE_S = 45.0  # below Ray's own minute (gcs_rpc_server_reconnect_timeout_s)
-AWAY_S = 10.0
 LOOK_S = 1.0
 CONNECT_S = 3.0
 
@@ -53,13 +52,12 @@ class HeadWatch:
         away: Callable[[], None],
         gone: Callable[[str], None],
         patience_s: float = PATIENCE_S,
-        away_s: float = AWAY_S,
         look_s: float = LOOK_S,
     ) -> None:
         self._host, _, port = address.rpartition(":")
         self._address, self._port = address, int(port)
         self._tell, self._away, self._gone = tell, away, gone
-        self._patience_s, self._away_s, self._look_s = patience_s, away_s, look_s
+        self._patience_s, self._away_s, self._look_s = patience_s, patience_s / 4, look_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="head-watch")
 

@@ -12,6 +12,7 @@ Rule of this file: it asks and tells vaults; what decodes is judged by `fault_to
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,7 @@ class Memory:
         self._catalogue = Catalogue((), ())
         self._rejected: set[tuple[int, int]] = set()
         self._log: SnapshotLog | None = None
+        self._polling = threading.Lock()
         self.lost: frozenset[str] = frozenset()
         self.leaving: frozenset[str] = frozenset()
         self.generation = 0
@@ -159,6 +161,10 @@ class Memory:
 
         `last`: the generation is over, so each vault is asked once more, and nothing is held back.
         """
+        with self._polling:  # the loop polls, and who saves the state while the loop waits for Ray's head
+            return self._poll(last)
+
+    def _poll(self, last: bool) -> list[dict[str, Any]]:
         if self._log is None:
             return []
         for node in self._log.plan.nodes:

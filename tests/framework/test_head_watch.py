@@ -41,7 +41,7 @@ def test_a_head_that_comes_back_is_told_of_and_one_that_stays_away_ends_the_run(
     server = listening()
     port = server.getsockname()[1]
     with HeadWatch(
-        f"127.0.0.1:{port}", tell=told.append, away=lambda: away.append(len(told)), gone=gone.append, patience_s=2.0, away_s=0.5, look_s=0.02
+        f"127.0.0.1:{port}", tell=told.append, away=lambda: away.append(len(told)), gone=gone.append, patience_s=2.0, look_s=0.02
     ):
         server.close()
         wait(lambda: told)
