@@ -95,7 +95,7 @@ class Detector:
         self._take(rings, now)
         self._learn()
         certain = self._gone(now) or self._desynchronised() + judge_deaths(self.rings, self.topology)
-        certain = certain or self._stopped() or self._hung()
+        certain = certain or self._stopped() or self._hung(now)
         found = {v.key: v for v in (certain or self._slow())}
         fresh = [v for key, v in found.items() if key not in self.active]
         self.active = found
@@ -238,8 +238,9 @@ class Detector:
                 out.append(Verdict(Kind.HANG, (rank,), self.topology.on([rank]), reason, confidence=0.98))
         return out
 
-    def _hung(self) -> list[Verdict]:
-        return judge_hangs(self.rings, self.topology, self.deadlines.of)
+    def _hung(self, now: float) -> list[Verdict]:
+        unread = [rank for rank, at in self._heard_s.items() if at < now]
+        return judge_hangs(self.rings, self.topology, self.deadlines.of, unread=unread)
 
     def _desynchronised(self) -> list[Verdict]:
         """What was called is judged once: while nobody calls anything, as in a hang, nothing about it changes."""

@@ -16,7 +16,7 @@ analyses, with the edges of every axis in one graph.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fault_tolerance.timeline import tail_lost
@@ -49,10 +49,13 @@ def judge_deaths(rings: Mapping[int, Ring], topology: Topology) -> list[Verdict]
     return out
 
 
-def judge_hangs(rings: Mapping[int, Ring], topology: Topology, deadline: Callable[[Record], float]) -> list[Verdict]:
+def judge_hangs(
+    rings: Mapping[int, Ring], topology: Topology, deadline: Callable[[Record], float], *, unread: Collection[int] = ()
+) -> list[Verdict]:
     """The cause of every wait that is over its deadline or was broken off: at most one verdict a cause.
 
-    Ranks that are known to be dead are not named again, but they explain the waits for them.
+    Ranks that are known to be dead are not named again, but they explain the waits for them. What a ring says that could not be
+    read of late (`unread`) may be over: nothing that ends at such a wait is judged.
     """
     blocked = {rank: found for rank, ring in rings.items() if (found := blocked_in(ring))}
     overdue = {rank for rank, (r, waited_s) in blocked.items() if r.state == State.FAILED or waited_s > deadline(r)}
@@ -68,7 +71,7 @@ def judge_hangs(rings: Mapping[int, Ring], topology: Topology, deadline: Callabl
     if known or roots - set(known):
         return _absentees(sure or known, rings, late, topology, deadline, certain=bool(sure))
     if ends:
-        return [_stuck_on_wire(wait, topology) for wait in ends]
+        return [_stuck_on_wire(wait, topology) for wait in ends if wait.rank not in unread]
     return [_out_of_order(circle, waits, rings, topology)] if circle else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -231,6 +232,23 @@ def test_a_collective_to_which_all_came_names_its_ranks():
 
     found = watch(draw(training(Layout.parse("2x2x1"), steps=20), wire=wire), "2x2x1")
     assert [(v.kind, v.ranks) for _, v in found] == [(Kind.LINK_HANG, (2, 3))]
+
+
+def test_no_way_is_blamed_for_a_rank_that_cannot_be_read():
+    """An agent stood still for half a minute. Its rank was last seen in an all-reduce to which all had come, so all who waited for
+    that rank later led to the all-reduce, and a way was called broken.
+    """
+    away = lambda rank, step: [("compute", 40.0)] if rank == 0 and step == 12 else []  # noqa: E731
+    drawing = draw(training(Layout.parse("2x2x1"), steps=20, before=away))
+    waits = [(e.wait, e.end) for e in drawing.events[0] if e.step == 11 and e.op is Op.ALLREDUCE]
+    assert waits
+    for begun, ended in waits:
+        detector, out = Detector(Topology.one_node_each(Layout.parse("2x2x1")), Settings(silent_s=math.inf)), []
+        detector.observe(drawing.rings((begun + ended) / 2), now_s=0.0)
+        for second in range(1, 30):
+            seen = {rank: ring for rank, ring in drawing.rings(ended + second).items() if rank != 0}
+            out += detector.observe(seen, now_s=float(second))
+        assert [v.reason for v in out if v.kind == Kind.LINK_HANG] == []
 
 
 def test_ranks_that_wait_in_a_circle_call_in_different_orders():
