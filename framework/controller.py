@@ -138,7 +138,7 @@ class Controller:
             return
         for event in self._memory.poll():
             self._journal.event(**{"kind": "snapshot", **event})
-        if (step := self._memory.protected) is not None:
+        if (step := self._memory.protected) is not None and step > self._durable.reached:
             self._durable.begin(plan, step, self._pool.agents, self._specs)
         reporter.call("request_snapshot", plan.generation)
         if last:

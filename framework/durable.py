@@ -100,7 +100,7 @@ class Durable:
         self._news: list[dict[str, Any]] = []
         self._rejected: set[str] = set()
         told = [e for e in run_dir.events(config.run_dir) if e["kind"] == "checkpoint" and e["saved"]]
-        self._newest = max((int(e["step"]) for e in told), default=-1)  # that was ever saved, by this life of the controller or another
+        self.reached = max((int(e["step"]) for e in told), default=-1)  # the newest step ever saved, by this life of the controller or another
         self._saved = -1
         self._saved_at = time.time()
         self._asked = False
@@ -120,7 +120,7 @@ class Durable:
         `than`: what is not newer than this step is of no use. Storage is not asked then where nothing newer was ever saved: one
         that does not answer would hold up who has a snapshot in memory.
         """
-        if than is not None and self._newest <= than:
+        if than is not None and self.reached <= than:
             return None
         try:
             own = list(shelf.checkpoints(self.root).values())
@@ -194,7 +194,7 @@ class Durable:
                 for agent in agents.values():
                     agent.call("let_go")
             took, self._saved, self._saved_at = time.monotonic() - began, step, time.time()
-            self._newest = max(self._newest, step)
+            self.reached = max(self.reached, step)
             self._news.append(
                 {"step": step, "reason": f"saved to {path}", "path": path, "bytes": num_bytes, "save_s": took, "saved": True}
             )
