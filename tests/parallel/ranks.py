@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from parallel.layout import Layout
 from parallel.mesh import Mesh
 
 torch.set_num_threads(1)
+WHOLE = os.environ.get("HOLDFAST_WHOLE") == "1"  # every layout with every schedule, and longer
 
 TINY: dict[str, Any] = {
     "vocab_size": 259,

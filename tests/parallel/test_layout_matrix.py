@@ -2,7 +2,7 @@
 
 The model is chosen so that nothing divides: an odd vocabulary and width, tied embeddings, fewer key and value heads.
 Each layout trains, saves and goes on; each layout, with one engine, loads all of them in turn. HOLDFAST_WHOLE=1 compares
-ten losses after each load instead of three.
+ten losses after each load instead of two.
 """
 
 from __future__ import annotations
