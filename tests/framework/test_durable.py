@@ -21,9 +21,9 @@ from fault_tolerance.storage import StorageError
 from framework.config import decode
 from framework.durable import Durable, check_same, resolve, tracking_of
 from framework.run_dir import RunDir
-from launch.compose import compose
 from parallel.atlas import Piece, TensorSpec
 from parallel.boxes import Box
+from tests.framework.composed import composed
 
 SPECS = (TensorSpec("param/a", (4, 3), "float32", None, (0,)),)
 PLAN: Any = SimpleNamespace(nodes=("n0",), generation=1, layout="1x1x1", schedule="1f1b")
@@ -62,7 +62,7 @@ class Agent:
 
 
 def durable(tmp_path: Path, *words: str, losses: dict[int, float] | None = None) -> Durable:
-    config = decode(compose([f"run_dir={tmp_path}", "model=tiny", "data=synthetic", *words]))
+    config = decode(composed("model=tiny", "data=synthetic", *words, run_dir=str(tmp_path)))
     return Durable(config, run_id="r", losses=losses)
 
 
@@ -255,7 +255,7 @@ def test_a_changed_config_is_refused_or_written_down_by_key(tmp_path: Path) -> N
     assert path is not None
 
     def check(*words: str) -> tuple[str, ...]:
-        return check_same(decode(compose([f"run_dir={tmp_path}", "model=tiny", "data=synthetic", *words])), path)
+        return check_same(decode(composed("model=tiny", "data=synthetic", *words, run_dir=str(tmp_path))), path)
 
     assert check() == ()
     assert check("layout.pp=1", "optim.lr=1e-4") == (

@@ -14,11 +14,11 @@ from framework.config import decode
 from framework.incident import Trouble
 from framework.journal import Journal
 from framework.telemetry_prometheus import Gauge
-from launch.compose import compose
+from tests.framework.composed import composed
 
 
 def journal(directory: Path) -> Journal:
-    values = compose(["model=tiny", "data=synthetic", "monitor=quiet", f"run_dir={directory}"])
+    values = composed("model=tiny", "data=synthetic", "monitor=quiet", run_dir=str(directory))
     return Journal(decode(values | {"run_dir": str(directory)}), "run", gauge=no_gauge)
 
 

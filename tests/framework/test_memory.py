@@ -11,9 +11,9 @@ from framework.config import decode
 from framework.memory import Memory
 from framework.plan import Plan, Refused, Seat, Source
 from framework.pool import PoolError
-from launch.compose import compose
 from parallel.layout import Layout
 from tests.fault_tolerance.vaults import atlas_of, shards, wait_until, whole_state
+from tests.framework.composed import composed
 
 NODES = ("n0", "n1", "n2")
 GIB = 1 << 30
@@ -52,7 +52,7 @@ class Run:
         self.agents = {node: Here(vault, values.pop("free_bytes", GIB)) for node, vault in self.vaults.items()}
         self.atlas = atlas_of("1x3x1")
         overrides = ["model=tiny", "data=synthetic", *(f"fault_tolerance.{key}={value}" for key, value in values.items())]
-        config = decode(compose(overrides) | {"run_dir": "unused"})
+        config = decode(composed(*overrides, run_dir="unused"))
         self.memory = Memory(config, run_id=self.id, secret=self.secret.hex(), atlas=lambda layout, schedule: self.atlas)
         self.snapshotters = []
 
@@ -202,7 +202,7 @@ def test_a_node_that_left_and_came_back_between_two_looks_is_asked_where_its_vau
     """A node left on notice, its vault ended, the node joined again: three generations in a row called the vault that was
     no more, and the run ended without progress.
     """
-    config = decode(compose(["model=tiny", "data=synthetic"]) | {"run_dir": "unused"})
+    config = decode(composed("model=tiny", "data=synthetic", run_dir="unused"))
     secret, atlas = secrets.token_bytes(16), atlas_of("1x3x1")
     memory = Memory(config, run_id="again", secret=secret.hex(), atlas=lambda layout, schedule: atlas)
     vaults = []

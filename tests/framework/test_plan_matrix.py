@@ -17,8 +17,8 @@ from framework.incident import Trouble
 from framework.overlap import Overlap
 from framework.plan import Place, Plan, Source, expected_s, make_plan
 from framework.planner import Planner
-from launch.compose import compose
 from parallel.layout import Layout
+from tests.framework.composed import composed
 
 NODES = ("n0", "n1", "n2", "n3")
 LAYOUTS = ("2x2x2", "1x4x2", "2x4x1", "4x2x1")
@@ -29,7 +29,7 @@ LOSSES = [lost for count in (1, 2) for lost in combinations(NODES, count)]
 def config(layout: str) -> Config:
     pp, dp, tp = layout.split("x")
     words = ["model=tiny", "data=synthetic", "optim.global_batch=8", "cluster.workers_per_node=2", "fault_tolerance.tolerate=2"]
-    return decode(compose([*words, f"layout.pp={pp}", f"layout.dp={dp}", f"layout.tp={tp}", "run_dir=none"]))
+    return decode(composed(*words, f"layout.pp={pp}", f"layout.dp={dp}", f"layout.tp={tp}", run_dir="none"))
 
 
 def places(nodes: tuple[str, ...]) -> tuple[Place, ...]:

@@ -13,7 +13,7 @@ import pytest
 
 from framework.cluster import Cluster, Machines
 from framework.pool import Pool, PoolError
-from launch.compose import compose
+from tests.framework.composed import composed
 
 SECRET = "00" * 16
 START_S = 120.0
@@ -30,7 +30,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def pool(cluster: Cluster, tmp_path: Path) -> Iterator[Pool]:
-    config = compose(["model=tiny", "data=synthetic", "monitor=quiet"]) | {"run_dir": str(tmp_path)}
+    config = composed("model=tiny", "data=synthetic", "monitor=quiet", run_dir=str(tmp_path))
     common = {"run_id": "pool", "secret": SECRET}
     made = Pool(cluster, logs=str(tmp_path / "logs"), agent=common, worker={"config": config, **common})
     yield made
