@@ -53,7 +53,7 @@ class Job:
     layout: str = "1x1x1"
     schedule: str = "1f1b"
     num_microbatches: int = 2
-    steps: int = 3
+    steps: int = 2
     samples: int = 8
     seq_len: int = 64
     model: dict[str, Any] = field(default_factory=lambda: dict(TINY))

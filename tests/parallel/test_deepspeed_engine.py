@@ -22,7 +22,7 @@ STAGES = [{"stage": s, "offload_optimizer": o} for s in (1, 2, 3) for o in (Fals
 @pytest.mark.parametrize("zero", STAGES, ids=str)
 @pytest.mark.parametrize("layout", ["1x1x1", "1x3x1"])
 def test_it_trains_as_fsdp2_does(pool: Pool, one: Reference, layout: str, zero: dict[str, object]) -> None:
-    job = Job(layout=layout, model=ODD, steps=5)
+    job = Job(layout=layout, model=ODD, steps=3)
     ranks = pool.run(train, job.but(zero=zero), world=job.world)
     assert loss_error(one(job), ranks) < 1e-5
     assert norm_error(one(job), ranks) < 1e-5
