@@ -17,7 +17,7 @@ from parallel.record import Op, Phase
 from tests.fault_tolerance.drawn import MS, Drawing, draw, training
 
 LARGE = tuple(pytest.param(layout, marks=pytest.mark.slow) for layout in ("2x2x2", "1x8x1"))
-LAYOUTS = ("1x4x1", "2x2x1", "4x1x1", "1x2x2", *LARGE)
+LAYOUTS = ("1x4x1", "2x2x1", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("4x1x1", "1x2x2")), *LARGE)
 
 
 def watch(
