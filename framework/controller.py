@@ -489,7 +489,7 @@ class Controller:
         """
         if trouble.planned or trouble.ways or trouble.kind == "node_loss":
             return trouble
-        step = self._journal.reached
+        step = self._journal.stands_at
         self._failures[step] = self._failures.get(step, 0) + 1
         if self._failures[step] >= MAX_FAILURES:
             raise NoProgress(f"step {step + 1} failed {self._failures[step]} times in a row; the last time: {trouble}")

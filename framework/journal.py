@@ -84,6 +84,11 @@ class Journal:
         return statistics.median(self._step_times) if self._step_times else 0.0
 
     @property
+    def stands_at(self) -> int:
+        """The step that the crew is to go on from: what was reached, or where a run begins that resumes another one."""
+        return max(self.reached, self.plan.source.step if self.plan is not None else 0)
+
+    @property
     def silent_s(self) -> float:
         """Seconds since anything was written down, by this life of the controller or the one before."""
         return max(0.0, time.time() - self._written_at)

@@ -13,7 +13,9 @@ from framework import run_dir
 from framework.config import decode
 from framework.incident import Trouble
 from framework.journal import Journal
+from framework.plan import Plan, Seat, Source
 from framework.telemetry_prometheus import Gauge
+from parallel.layout import Layout
 from tests.framework.composed import composed
 
 
@@ -70,6 +72,18 @@ def test_the_loss_of_the_controller_is_an_incident_that_counts_from_its_last_wor
     [event] = [e for e in run_dir.events(tmp_path) if "incident" in e]
     assert event["incident"]["kind"] == "controller"
     assert 0.3 <= event["incident"]["detect_s"] < 5.0
+
+
+def test_a_run_that_resumes_another_one_stands_at_its_checkpoint_before_it_has_trained(tmp_path: Path) -> None:
+    """A resumed run whose crew did not get together said that step 1 had failed three times."""
+    resumed = journal(tmp_path)
+    assert resumed.stands_at == 0
+    seats, source = (Seat("n0", 0),), Source("durable", 100)
+    resumed.plan = Plan("run", 1, Layout(), "1f1b", 1, seats, {"n0": "n0"}, 0, source, (), "as configured")
+    assert (resumed.reached, resumed.stands_at) == (0, 100)
+    resumed.adopt([row(101, 1)])
+    assert resumed.stands_at == 101
+    resumed.close()
 
 
 @contextmanager
