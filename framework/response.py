@@ -3,6 +3,7 @@
     verdict  ->  event `verdict` (class, place, evidence; of a hung rank its Python stack)
              ->  crash, hang, mismatch:   Trouble, when it has stood for two looks
              ->  a transfer that hangs:   the machines ask each other which way is dead (broken_ways.py)
+    no step  ->                           so they do where nothing else tells why
              ->  slow:                    weighed (weighing.py), acted upon only where that pays; where replicas take
                                           unequal shares for it, that is watched (balancer.py)
 
@@ -47,7 +48,8 @@ STACK_S = 6.0
 STACK_CHARS = 6000
 TRAINING = "_generation_of"  # a function below which a worker trains
 UNEXPLAINED = ("hang", "crash")
-APART_S = 5.0  # a crew gets together sooner; else its machines ask each other, and again after twice as long
+APART_S = 5.0  # a crew gets together sooner, and takes a step sooner; else its machines ask each other, and again after twice as long
+QUIET_STEPS = 4  # steps that a crew must have had time for
 
 
 @dataclass(slots=True)
@@ -296,17 +298,21 @@ class Response:
         return replace(trouble, ranks=(), nodes=(node,), evidence=evidence, remedy="swap" if outlook.spare else "shrink")
 
     def _apart(self) -> Trouble | None:
-        """Whether a crew that does not come to its first step cannot, because a way between its machines is dead."""
-        if self._journal.stepped(self._plan.generation):
+        """Whether the crew takes no step because a way between its machines is dead: it does not get together, or waits for a
+        snapshot that cannot be sent. Its machines are asked meanwhile; a step that is only long is not disturbed by that.
+        """
+        found, quiet_s = self._ways.found(), self._journal.quiet_s(self._began)
+        least_s = max(APART_S, QUIET_STEPS * self._journal.step_s)
+        if quiet_s < least_s:
+            self._ask_after_s = least_s
             return None
-        found, waited_s = self._ways.found(), time.monotonic() - self._began
-        if waited_s > self._ask_after_s:
-            self._ask_after_s = 2 * waited_s
+        if quiet_s > self._ask_after_s:
+            self._ask_after_s = 2 * quiet_s
             self._ways.begin(self._plan.nodes)
         if found is None:
             return None
-        evidence = f"the crew has not come to a first step for {waited_s:.0f} s"
-        return self._on_ways(Trouble("hang", (), (), evidence, self._journal.reached, time.time(), waited_s), found)
+        evidence = f"the crew has taken no step for {quiet_s:.0f} s"
+        return self._on_ways(Trouble("hang", (), (), evidence, self._journal.reached, time.time(), quiet_s), found)
 
     def _on_ways(self, trouble: Trouble, found: Found) -> Trouble | None:
         """The trouble with its place, if machines of this crew found ways between them dead."""

@@ -1,5 +1,6 @@
 """What stands for a node is light: a vault, and no framework for training."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ class Stuck(Agent):
 
 def test_a_save_that_is_stuck_takes_one_thread_and_not_all() -> None:
     """Each try to save to a file server that had stopped kept a thread for good; after four of them the node answered nothing any more."""
+    before = signal.getsignal(signal.SIGTERM)
     agent = Stuck(run_id="stuck", secret="00" * 16, node="n0", host="127.0.0.1")
     try:
         first = threading.Thread(target=agent.save, args=("nowhere", 1, 4))
@@ -47,3 +49,4 @@ def test_a_save_that_is_stuck_takes_one_thread_and_not_all() -> None:
         assert agent.save("nowhere", 1, 4) == {}
     finally:
         agent.close()
+        signal.signal(signal.SIGTERM, before)

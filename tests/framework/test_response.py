@@ -187,13 +187,37 @@ def test_a_crew_that_does_not_come_to_a_first_step_has_its_machines_asked(scene:
     at.ways._round.join(10)
     trouble = at.response.look()
     assert trouble is not None and trouble.ways == (("n1", "n2"),)
-    assert "has not come to a first step" in trouble.evidence and not trouble.planned
+    assert "has taken no step for 6 s" in trouble.evidence and not trouble.planned
 
 
-def test_a_crew_that_steps_is_not_asked_how_it_gets_together(scene: Callable[..., Scene]) -> None:
+def test_a_crew_that_stands_still_has_its_machines_asked_where_no_record_tells_why(scene: Callable[..., Scene]) -> None:
+    """Snapshots had the dead way to themselves: all ranks waited, as `max_steps_lost` asks, for one that could not be sent, no
+    operation hung, and for a minute and a half nobody looked.
+    """
     at = scene()
+    at.lost = {("n1", "n2")}
     at.reach(3)
     at.response._began -= 600
+    assert at.response.look() is None and at.ways._round is None, "it steps"
+    at.journal._last_step_at -= 6
+    assert at.response.look() is None and at.ways._round is not None
+    at.ways._round.join(10)
+    trouble = at.response.look()
+    assert trouble is not None and trouble.ways == (("n1", "n2"),)
+
+
+def test_nobody_is_asked_because_steps_are_long_and_what_came_too_late_is_dropped(scene: Callable[..., Scene]) -> None:
+    at = scene()
+    at.lost = {("n1", "n2")}
+    at.reach(3)
+    at.response._began -= 600
+    at.journal._last_step_at -= 6
+    assert at.response.look() is None and at.ways._round is not None
+    at.ways._round.join(10)
+    at.reach(4)
+    assert at.response.look() is None and at.ways._round is None
+    at.journal._step_times.extend([20.0] * 9)
+    at.journal._last_step_at -= 60
     assert at.response.look() is None and at.ways._round is None
 
 
