@@ -54,7 +54,7 @@ from parallel.mesh import Mesh
 
 LEASE_S = 45.0  # longer than a controller takes to be started again
 MAX_SAID = 10_000
-MAX_ROWS = 1_000  # rows that every rank keeps of its generation: whoever lives can tell what the crew had done
+MAX_ROWS = 4_000  # rows that every rank keeps of its generation: whoever lives can tell what the crew had done, of a minute without Ray too
 COLLECTIVE_WORDS = (
     "gloo", "NCCL", "Socket", "ProcessGroup", "Connection closed", "Connection reset", "Connection refused", "Broken pipe",
     "Timed out", "timed out", "DistBackendError", "DistNetworkError", "DistStoreError",

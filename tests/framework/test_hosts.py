@@ -61,7 +61,7 @@ def test_a_way_that_is_dead_when_the_crew_connects_is_named_and_done_without(tmp
         summary = finish(process, run, 60, status="interrupted", code=130)
     first = summary["incidents"][0]
     assert (first["kind"], first["ways"]) == ("hang", [["10.77.0.3", "10.77.0.2"]])
-    assert first["evidence"].startswith("way 10.77.0.3>10.77.0.2: ") and "has not come to a first step" in first["evidence"]
+    assert first["evidence"].startswith("way 10.77.0.3>10.77.0.2: ") and "has taken no step" in first["evidence"]
     assert [e["node"] for e in run_dir.events(run) if e.get("cause") == "left_out"] == ["10.77.0.3"]
 
 
