@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, tail, wait_all, wait_any
-from framework.nodes import Node, complaint
+from framework.nodes import Exit, Node, WorkerDied, complaint
 
 LOOK_S = 1.0  # how often those who wait for a process ask whether its machine still lives
 ALIVE_S = 20.0  # an idle process that says nothing for so long is of no use, stopped or swapped out
@@ -75,16 +75,13 @@ class Pool:
         """Have a live agent on every node and a live worker in every seat; those that are there already are asked.
 
         Returns how long each new one took, in seconds. One that stays away although others came up is started anew, once: a
-        process that dies before it has registered is missed by nobody. Raises PoolError, naming who is missing and the last
+        process that dies before it has registered is missed by nobody. So is one that was started in a former life of its machine. Raises PoolError, naming who is missing and the last
         lines of its log; what did not come up is ended, so that the next try begins afresh.
         """
         began = time.monotonic()
         wanted = self._names(seats)
         self.weed(wanted)
-        self.start(seats)
-        lacking = self._names(seats) - self._known()
-        if missing := [seat for seat in seats if f"worker {seat}" in lacking or f"agent {_node(seat)}" in lacking]:
-            raise PoolError(f"cluster: nodes of {', '.join(missing)} must be alive, they died while their workers were started")
+        self._start_all(seats)
         took: dict[str, float] = {}
         anew: set[str] = set()
         while waiting := {call: who for who, call in self._starting.items() if who in wanted}:
@@ -94,11 +91,18 @@ class Pool:
                 self._start_anew(stuck, seats)
                 continue
             done, _ = wait_any(list(waiting), max(0.0, min(LOOK_S, left)))
+            outlived = {waiting[call] for call in done if _outlived(call)} - anew
             for call in done:
                 who = waiting[call]
+                if who in outlived:
+                    self._forget(who)
+                    continue
                 del self._starting[who]
                 self._check(who, call)
                 took[who] = time.monotonic() - began
+            if outlived:
+                anew |= outlived
+                self._start_all(seats)
             if not done:
                 self._require_progress(sorted(waiting.values()), timeout_s, late=left <= 0)
         return took
@@ -112,12 +116,19 @@ class Pool:
         for call in (*silent, *(call for call in done if _failure(call))):
             self._forget(calls[call])
 
+    def _start_all(self, seats: Sequence[str]) -> None:
+        """`start`. Raises PoolError where a node is not there any more."""
+        self.start(seats)
+        lacking = self._names(seats) - self._known()
+        if missing := [seat for seat in seats if f"worker {seat}" in lacking or f"agent {_node(seat)}" in lacking]:
+            raise PoolError(f"cluster: nodes of {', '.join(missing)} must be alive, they died while their workers were started")
+
     def _start_anew(self, stuck: Iterable[str], seats: Sequence[str]) -> None:
         for who in sorted(stuck):
             self.unready = (_node_of(who), f"{who}{self._state(who)} does not come up, others did: it is started anew")
             print(f"pool: {self.unready[1]}", flush=True)
             self._forget(who)
-        self.start(seats)
+        self._start_all(seats)
 
     def _remotes(self) -> dict[str, Remote]:
         return {f"worker {s}": r for s, r in self.workers.items()} | {f"agent {n}": r for n, r in self.agents.items()}
@@ -277,6 +288,17 @@ def _node(seat: str) -> str:
 def _node_of(who: str) -> str:
     kind, _, name = who.partition(" ")
     return name if kind == "agent" else _node(name)
+
+
+def _outlived(call: Call) -> bool:
+    """Whether a process is gone because its machine died; the machine may be back."""
+    try:
+        call.result(0)
+    except WorkerDied as error:
+        return error.exit is Exit.NODE
+    except (CallError, TimeoutError):
+        return False
+    return False
 
 
 def _failure(call: Call) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from framework.nodes import CallError, ClusterError
+from framework.nodes import CallError, ClusterError, Exit, WorkerDied
 from framework.pool import STUCK_S, Pool, PoolError, overdue
 
 
@@ -110,3 +110,64 @@ def test_who_stays_away_is_judged_by_how_long_others_took() -> None:
     assert not overdue(late, {"agent n0": 2.0, "agent n1": 3.0}, 50.0, 120.0), "agents are light, and no measure for workers"
     assert not overdue(late, {}, 50.0, 120.0), "nobody has come up yet, which may be the machine's first imports"
     assert not overdue(late, {"worker n0.0": 1.2}, 61.0, 120.0), "started anew, it would hardly be in time"
+
+
+class Revived:
+    """A cluster of n0, which died and is back at once: what was started on it before is said to be gone only now."""
+
+    def __init__(self) -> None:
+        self.lives = dict.fromkeys(("agent n0", "worker n0.0", "worker n0.1"), 0)
+
+    def nodes(self) -> list[Any]:
+        return [SimpleNamespace(name="n0", ip="127.0.0.1", alive=True)]
+
+    def vaults(self) -> dict[str, Any]:
+        return {}
+
+    workers = vaults
+
+    def call_context(self) -> dict[str, Any]:
+        return {"version": "1", "digest": "d"}
+
+    def start_vault(self, node: str, *_: object, **__: object) -> Any:
+        return Starting(self, f"agent {node}")
+
+    def start_worker(self, node: str, seat: str, *_: object, **__: object) -> Any:
+        return Starting(self, f"worker {seat}")
+
+
+class Starting:
+    """A process, and the call that answers when it is up."""
+
+    def __init__(self, cluster: Revived, name: str) -> None:
+        cluster.lives[name] += 1
+        self.name, self.life = name, cluster.lives[name]
+
+    def ready(self) -> Starting:
+        return self
+
+    def result(self, timeout_s: float) -> dict[str, str]:
+        if self.life == 1:
+            raise WorkerDied(actor=self.name, node="n0", exit=Exit.NODE, cause="node n0 died")
+        return {"version": "1", "digest": "d"}
+
+    def call(self, *_: object) -> Any:
+        return SimpleNamespace(wait=lambda timeout_s: True)
+
+    def kill(self) -> None:
+        pass
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+
+def test_what_was_started_in_a_former_life_of_a_machine_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine was killed and came back within a second. Its agent and both workers of the life before were found dead one after the
+    other, as three failures of one step, and the run ended for want of progress.
+    """
+    monkeypatch.setattr("framework.pool.wait_any", lambda calls, timeout_s: (calls, []))
+    monkeypatch.setattr("framework.pool.wait_all", lambda calls, timeout_s: (calls, []))
+    cluster = Revived()
+    pool = Pool(cluster, logs="/nowhere", agent={}, worker={})  # type: ignore[arg-type]
+    took = pool.ensure(["n0.0", "n0.1"], timeout_s=5.0)
+    assert took.keys() == cluster.lives.keys() and set(cluster.lives.values()) == {2}
