@@ -56,9 +56,14 @@ def main(into: Path) -> None:
 
 
 def _failed(done: list[dict[str, object]]) -> list[str]:
-    """The tries that did not hold, with what was seen."""
-    wrong = [row for row in done if not row["held"]]
-    return ["", "### Tries that did not hold", "", *(f"- {row['cell']} ({row['run']}): {json.dumps(row['wrong'])}" + (f"; mended since: {row['mended']}" if "mended" in row else "") for row in wrong)] if wrong else []
+    """The tries that did not hold, by run, with what was seen: where a run does not hold, none of its cells does."""
+    tries: dict[tuple[str, str, str], list[str]] = {}
+    for row in done:
+        if not row["held"]:
+            seen = (str(row["run"]), json.dumps(row["wrong"]), str(row.get("since", "")))
+            tries.setdefault(seen, []).append(str(row["cell"]).partition(" ")[2])
+    lines = [f"- {run}, {', '.join(found)}: {wrong}" + (f"; since then: {since}" if since else "") for (run, wrong, since), found in tries.items()]
+    return ["", "### Tries that did not hold", "", *lines] if lines else []
 
 
 if __name__ == "__main__":
