@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-from collections.abc import Collection
 from itertools import combinations, permutations
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,19 +16,11 @@ from fault_tolerance.probe import Probe
 from fault_tolerance.reachability import Dead, Stage, Way, as_verdict, dead_ways, judge_reach, leave_out
 from fault_tolerance.verdict import Kind, Topology
 from parallel.layout import Layout
+from tests.fault_tolerance import lossy
 
 NO_HOSTS = why_not()
 NODES = ("n0", "n1", "n2", "n3", "n4")
 PAIRS = list(permutations(NODES, 2))
-FINE = Way(Stage.DONE, 0.001, "", 8, 8)
-
-
-def _seen(lost: Collection[tuple[str, str]], nodes: Collection[str] = NODES) -> dict[tuple[str, str], Way]:
-    """What machines see when all that goes these ways is lost: TCP needs both directions, a datagram only its own."""
-    return {
-        (a, b): Way(Stage.CONNECT, 2.5, "timed out", 8, 0 if (a, b) in lost else 8) if {(a, b), (b, a)} & set(lost) else FINE
-        for a, b in permutations(nodes, 2)
-    }
 
 
 def _lost(drawing: str) -> set[tuple[str, str]]:
@@ -44,7 +35,7 @@ def _dead(*ways: tuple[str, str]) -> list[Dead]:
 
 @given(st.sets(st.sampled_from(PAIRS)))
 def test_whatever_directions_are_lost_these_are_named_and_no_others(lost: set[tuple[str, str]]) -> None:
-    assert {d.ends for d in dead_ways(_seen(lost))} == lost
+    assert {d.ends for d in dead_ways(lossy.seen(NODES, lost))} == lost
 
 
 @pytest.mark.parametrize(
@@ -61,7 +52,7 @@ def test_whatever_directions_are_lost_these_are_named_and_no_others(lost: set[tu
     ids=["cell", "both directions", "row", "column", "node", "row and cell", "nothing"],
 )
 def test_a_drawn_matrix_names_its_cell_row_column_or_node(drawing: str, named: list[str]) -> None:
-    seen = _seen(_lost(drawing), NODES[:4])
+    seen = lossy.seen(NODES[:4], _lost(drawing))
     told = judge_reach(dead_ways(seen), seen)
     assert [text.partition(":")[0] for text in told] == named, told
 
@@ -73,39 +64,39 @@ def test_a_network_that_lets_no_datagram_through_has_no_dead_way() -> None:
 
 def test_without_datagrams_a_dead_pair_is_dead_in_both_directions() -> None:
     """Then nobody can tell which direction it is, and nobody says so."""
-    seen = _seen({("n1", "n3")}) | {pair: Way(Stage.CONNECT, 2.5, "timed out", 8, 0) for pair in (("n1", "n3"), ("n3", "n1"))}
+    seen = lossy.seen(NODES, {("n1", "n3")}) | {pair: Way(Stage.CONNECT, 2.5, "timed out", 8, 0) for pair in (("n1", "n3"), ("n3", "n1"))}
     assert {d.ends for d in dead_ways(seen)} == {("n1", "n3"), ("n3", "n1")}
 
 
 def test_a_filter_of_tcp_alone_is_a_pair_of_dead_ways_over_which_datagrams_come() -> None:
-    seen = _seen(()) | {pair: Way(Stage.CONNECT, 2.5, "timed out", 8, 8) for pair in (("n1", "n3"), ("n3", "n1"))}
+    seen = lossy.seen(NODES, ()) | {pair: Way(Stage.CONNECT, 2.5, "timed out", 8, 8) for pair in (("n1", "n3"), ("n3", "n1"))}
     found = dead_ways(seen)
     assert {d.ends for d in found} == {("n1", "n3"), ("n3", "n1")} and all("8 of 8 small datagrams came" in d.why for d in found)
 
 
 def test_large_packets_that_are_lost_are_the_way_of_the_answer() -> None:
     """Connections open, small things pass: a path that drops what exceeds its packet size."""
-    [found] = dead_ways(_seen(()) | {("n1", "n3"): Way(Stage.DATA, 2.5, "timed out", 8, 8)})
+    [found] = dead_ways(lossy.seen(NODES, ()) | {("n1", "n3"): Way(Stage.DATA, 2.5, "timed out", 8, 8)})
     assert found.ends == ("n3", "n1")
 
 
 def test_a_machine_too_busy_to_answer_has_no_dead_way() -> None:
     busy = {(a, "n3"): Way(Stage.ANSWER, 5.0, "timed out", 8, 0) for a in NODES if a != "n3"}
-    assert dead_ways(_seen(()) | busy) == ()
+    assert dead_ways(lossy.seen(NODES, ()) | busy) == ()
 
 
 def test_a_machine_that_lets_no_connection_in_from_one_other_is_the_way_to_it() -> None:
-    [found] = dead_ways(_seen(()) | {("n1", "n3"): Way(Stage.CONNECT, 0.0, "Connection refused", 8, 8)})
+    [found] = dead_ways(lossy.seen(NODES, ()) | {("n1", "n3"): Way(Stage.CONNECT, 0.0, "Connection refused", 8, 8)})
     assert found.ends == ("n1", "n3") and "refused" in found.why
 
 
 def test_a_machine_that_could_not_be_asked_is_not_judged() -> None:
-    seen = _seen({("n1", "n3")})
+    seen = lossy.seen(NODES, {("n1", "n3")})
     assert dead_ways({pair: way for pair, way in seen.items() if pair[0] != "n3"}) == ()
 
 
 def test_a_verdict_has_the_cell_as_its_link_and_says_what_was_seen() -> None:
-    seen, topology = _seen({("n1", "n3")}, NODES[:4]), Topology(Layout(1, 8, 1), ("n0", "n0", "n1", "n1", "n2", "n2", "n3", "n3"))
+    seen, topology = lossy.seen(NODES[:4], {("n1", "n3")}), Topology(Layout(1, 8, 1), ("n0", "n0", "n1", "n1", "n2", "n2", "n3", "n3"))
     verdict = as_verdict(dead_ways(seen), seen, topology, before="it does not end")
     assert (verdict.kind, verdict.link, verdict.nodes) == (Kind.LINK_HANG, (2, 6), ("n1", "n3"))
     assert verdict.reason.startswith("way n1>n3: ") and verdict.reason.endswith("it does not end")

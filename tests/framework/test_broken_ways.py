@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from itertools import permutations
 from typing import Any
 
-from fault_tolerance.reachability import Dead, Stage, Way
+from fault_tolerance.reachability import Dead, Way
 from framework.broken_ways import BrokenWays, Found, Pair, Register
+from tests.fault_tolerance import lossy
 
 NODES = ("n0", "n1", "n2")
 ALL = frozenset(permutations(NODES, 2))
@@ -45,11 +46,7 @@ class Network:
 
     def __call__(self, agents: Mapping[str, Any]) -> Mapping[Pair, Way]:
         self.asked.append(frozenset(agents))
-        lost = {CELL} if self.dead else set()
-        return {
-            (a, b): Way(Stage.CONNECT, 2.5, "timed out", 8, 0 if (a, b) in lost else 8) if {(a, b), (b, a)} & lost else Way(Stage.DONE, 0.1, "", 8, 8)
-            for a, b in permutations(agents, 2)
-        }
+        return lossy.seen(agents, {CELL} if self.dead else ())
 
 
 def _until(holds: Any) -> None:

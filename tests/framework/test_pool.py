@@ -11,20 +11,27 @@ from framework.nodes import CallError, ClusterError, Exit, WorkerDied
 from framework.pool import STUCK_S, Pool, PoolError, overdue
 
 
-class Dying:
-    """A cluster of n0 and n1, where n1 is listed as alive, and is not when something is started on it."""
+class Empty:
+    """A cluster of some machines, on which nothing runs yet."""
+
+    names: tuple[str, ...]
 
     def nodes(self) -> list[Any]:
-        return [SimpleNamespace(name=name, ip="127.0.0.1", alive=True) for name in ("n0", "n1")]
+        return [SimpleNamespace(name=name, ip="127.0.0.1", alive=True) for name in self.names]
 
     def vaults(self) -> dict[str, Any]:
         return {}
 
-    def workers(self) -> dict[str, Any]:
-        return {}
+    workers = vaults
 
     def call_context(self) -> dict[str, Any]:
         return {"version": "1", "digest": "d"}
+
+
+class Dying(Empty):
+    """n1 is listed as alive, and is not when something is started on it."""
+
+    names = ("n0", "n1")
 
     def start_vault(self, node: str, *_: object, **__: object) -> Any:
         if node == "n1":
@@ -45,22 +52,13 @@ def test_a_node_that_dies_while_its_workers_are_started_is_the_pool_s_trouble() 
         pool.ensure(["n0.0", "n1.0"], timeout_s=1.0)
 
 
-class Settling:
+class Settling(Empty):
     """A cluster of n1, whose workers die while they are started until `well`; what is killed is in `killed`."""
+
+    names = ("n1",)
 
     def __init__(self) -> None:
         self.well, self.killed = False, list[str]()
-
-    def nodes(self) -> list[Any]:
-        return [SimpleNamespace(name="n1", ip="127.0.0.1", alive=True)]
-
-    def vaults(self) -> dict[str, Any]:
-        return {}
-
-    workers = vaults
-
-    def call_context(self) -> dict[str, Any]:
-        return {"version": "1", "digest": "d"}
 
     def start_vault(self, node: str, *_: object, **__: object) -> Any:
         return self._remote(f"agent {node}", well=True)
@@ -112,22 +110,13 @@ def test_who_stays_away_is_judged_by_how_long_others_took() -> None:
     assert not overdue(late, {"worker n0.0": 1.2}, 61.0, 120.0), "started anew, it would hardly be in time"
 
 
-class Revived:
+class Revived(Empty):
     """A cluster of n0, which died and is back at once: what was started on it before is said to be gone only now."""
+
+    names = ("n0",)
 
     def __init__(self) -> None:
         self.lives = dict.fromkeys(("agent n0", "worker n0.0", "worker n0.1"), 0)
-
-    def nodes(self) -> list[Any]:
-        return [SimpleNamespace(name="n0", ip="127.0.0.1", alive=True)]
-
-    def vaults(self) -> dict[str, Any]:
-        return {}
-
-    workers = vaults
-
-    def call_context(self) -> dict[str, Any]:
-        return {"version": "1", "digest": "d"}
 
     def start_vault(self, node: str, *_: object, **__: object) -> Any:
         return Starting(self, f"agent {node}")

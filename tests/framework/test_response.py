@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from fault_tolerance.reachability import Stage, Way
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from framework import run_dir
 from framework.broken_ways import BrokenWays
@@ -22,6 +20,7 @@ from framework.plan import Plan, Seat, Source
 from framework.response import Response
 from framework.weighing import Costs, Outlook, Tried
 from parallel.layout import Layout
+from tests.fault_tolerance import lossy
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NODES = ("n0", "n1", "n2", "n3")
@@ -103,7 +102,7 @@ class Scene:
         self.shares: list[tuple[int, ...]] = []
         config = decode(tree)
         self.lost: set[tuple[str, str]] = set()
-        self.ways = BrokenWays(dict.fromkeys(NODES), probe=self._probe, again_s=60.0)  # type: ignore[arg-type]
+        self.ways = BrokenWays(dict.fromkeys(NODES), probe=lambda agents: lossy.seen(agents, self.lost), again_s=60.0)  # type: ignore[arg-type]
         self.journal = Journal(config, "r", gauge=_no_gauge)
         self.response = Response(
             config, self.journal, PLAN, {}, sentinel=self.seen, request_test=self._ask,  # type: ignore[arg-type]
@@ -113,14 +112,6 @@ class Scene:
 
     def _ask(self) -> None:
         self.asked += 1
-
-    def _probe(self, agents: Any) -> dict[tuple[str, str], Way]:
-        """What machines see where TCP needs both directions and a datagram its own."""
-        fine = Way(Stage.DONE, 0.001, "", 8, 8)
-        return {
-            (a, b): Way(Stage.CONNECT, 2.5, "timed out", 8, 0 if (a, b) in self.lost else 8) if {(a, b), (b, a)} & self.lost else fine
-            for a, b in permutations(agents, 2)
-        }
 
     def reach(self, step: int) -> None:
         row = {"step": step, "loss": 1.0, "step_time_s": 0.1, "samples": [0, 1], "generation": 1, "layout": "1x4x1"}

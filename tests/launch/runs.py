@@ -11,12 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from framework import run_dir
+from parallel.native import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMON = [
     "model=tiny", "data=synthetic", "optim.global_batch=4", "optim.schedule_steps=100", "monitor.progress=plain",
     "monitor.sample_bytes=0",
 ]  # fmt: skip
+
+
+def typed(home: Path, *words: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """`holdfast` as a person types it who has nothing but an empty directory, from beginning to end."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.main", *words],
+        cwd=home,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(home), "HOLDFAST_CACHE": str(cache_dir())},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
 
 
 class Run:

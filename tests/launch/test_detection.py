@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from framework import run_dir
-from parallel.native import BuildError, cache_dir
+from parallel.native import BuildError
 from parallel.recorder_build import load
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.launch.runs import typed
 
 
 @pytest.mark.cluster
@@ -27,15 +24,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_was_doing(tmp_path: Path) -> No
         "cluster.num_nodes=2", "cluster.workers_per_node=2", "fault_tolerance.every_steps=2", "detect.hang_timeout_s=8",
         "drill.faults=[{step: 8, kind: hang, rank: 2, severity: 0}]", f"run_dir={run}",
     )  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, "-m", "launch.main", "train", *words],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "HOLDFAST_CACHE": str(cache_dir())},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = typed(tmp_path, "train", *words, timeout_s=300)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     [verdict] = [event for event in run_dir.events(run) if event["kind"] == "verdict"]
     assert (verdict["cause"], verdict["ranks"], verdict["nodes"]) == ("hang", [2], ["n1"])

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from framework import run_dir
 from launch import drill
-from parallel.native import cache_dir
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.launch.runs import typed
 
 
 def test_the_drills_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,16 +30,7 @@ def test_a_drill_that_cannot_be_run_is_refused_before_anything_starts(words: lis
 
 
 def drilled(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`holdfast drill` as a person types it, in an empty directory."""
-    return subprocess.run(
-        [sys.executable, "-m", "launch.main", "drill", *words],
-        cwd=home,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(home), "HOLDFAST_CACHE": str(cache_dir())},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return typed(home, "drill", *words, timeout_s=600)
 
 
 @pytest.mark.cluster
