@@ -42,13 +42,13 @@ from framework.nodes import (
     natural,
     one_life,
 )
-from framework.ray_calls import Call, Remote, actor_class, wait_all, wait_any
+from framework.ray_calls import Call, Remote, actor_class, answers, wait_all, wait_any
 from framework.ray_session import connect, forget_facts, get_facts, give_notice, namespace, put_facts
 from framework.raylets import HEAD, HEAD_IP
 
 __all__ = [
     "Call", "CallError", "Cluster", "ClusterError", "Machines", "Node", "Remote", "RemoteError", "WorkerDied",
-    "WorkerUnavailable", "tail", "wait_all", "wait_any",
+    "WorkerUnavailable", "answers", "tail", "wait_all", "wait_any",
 ]  # fmt: skip
 
 POLL_S = 0.05

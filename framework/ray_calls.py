@@ -18,7 +18,7 @@ import re
 import signal
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray._private.state import state as ray_state
@@ -35,6 +35,8 @@ from ray.exceptions import (
 from framework.host import Host
 from framework.machines import CONTROL, Machines
 from framework.nodes import CallError, ClusterError, Exit, RemoteError, WorkerDied, WorkerUnavailable, machine_names
+
+K = TypeVar("K")
 
 LANES = {"train": 1, "ctl": 4}
 EXIT_NEWS_S = 0.3  # Ray sees the closed socket before the book has the wait status
@@ -148,6 +150,16 @@ def wait_any(calls: Sequence[Call], timeout_s: float | None) -> tuple[tuple[Call
 def wait_all(calls: Sequence[Call], timeout_s: float | None) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
     """Wait until all have ended, or the time is over."""
     return _waited(calls, len(calls), timeout_s)
+
+
+def answers(calls: Mapping[K, Call], within_s: float) -> dict[K, Any]:
+    """What those say that answer in time. Who does not, or raises, is left out."""
+    wait_all(list(calls.values()), within_s)
+    found = {}
+    for key, call in calls.items():
+        with contextlib.suppress(CallError, TimeoutError):
+            found[key] = call.result(0)
+    return found
 
 
 def _waited(calls: Sequence[Call], num: int, timeout_s: float | None) -> tuple[tuple[Call, ...], tuple[Call, ...]]:

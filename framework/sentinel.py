@@ -15,14 +15,13 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from fault_tolerance.deadlines import Patience
 from fault_tolerance.detector import SLOW, Detector, Settings
 from fault_tolerance.hangs import judge_hangs
 from fault_tolerance.stragglers import Rule
 from fault_tolerance.verdict import Kind, Topology, Verdict
-from framework.cluster import Call, CallError, Remote, wait_all
+from framework.cluster import Remote, answers
 from framework.config import DetectConfig
 from framework.plan import Plan
 
@@ -55,18 +54,16 @@ def settings_of(detect: DetectConfig) -> Settings:
 
 def lend_rings(plan: Plan, agents: Mapping[str, Remote]) -> dict[int, str]:
     """Have every node lend memory for its ranks' records. A rank whose node cannot goes without."""
-    calls = [agents[n].call("lend_rings", plan.generation, list(plan.ranks_on(n))) for n in plan.nodes if n in agents]
-    wait_all(calls, LEND_S)
-    return {rank: path for call in calls for rank, path in _answer(call).items()}
+    calls = {n: agents[n].call("lend_rings", plan.generation, list(plan.ranks_on(n))) for n in plan.nodes if n in agents}
+    return {rank: path for paths in answers(calls, LEND_S).values() for rank, path in paths.items()}
 
 
 def record_at_once(plan: Plan, agents: Mapping[str, Remote]) -> bool:
     """Whether ranks record from the start. Not where some node is still building the recorder, as one that has just joined
     may be: the numbers of operations would differ, so all begin together as soon as it can.
     """
-    calls = [agents[n].call("recorder_comes") for n in plan.nodes if n in agents]
-    wait_all(calls, ANSWER_S)
-    return not any(_said(call) for call in calls)
+    calls = {n: agents[n].call("recorder_comes") for n in plan.nodes if n in agents}
+    return not any(answers(calls, ANSWER_S).values())
 
 
 def pause_s(step_s: float, spent_s: float, *, calm: bool, suspects: bool = False, look_s: float = LOOK_S) -> float:
@@ -168,12 +165,10 @@ class Sentinel:
 
     def _observe(self) -> float:
         """One look. Returns the seconds of processor time that it took."""
-        calls = [a.call("read_rings", self._plan.generation) for n, a in self._agents.items() if n in self._plan.nodes]
-        wait_all(calls, ANSWER_S)
-        began = time.thread_time()
-        rings: dict[int, bytes] = {}
-        for call in calls:
-            rings |= _answer(call)
+        calls = {n: a.call("read_rings", self._plan.generation) for n, a in self._agents.items() if n in self._plan.nodes}
+        began = time.thread_time()  # waiting takes none of it
+        read = answers(calls, ANSWER_S)
+        rings: dict[int, bytes] = {rank: ring for of_node in read.values() for rank, ring in of_node.items()}
         with self._lock:
             fresh = self._detector.observe(rings)
             now = time.monotonic()
@@ -192,19 +187,3 @@ class Sentinel:
 
 CERTAIN = frozenset({Kind.CRASH, Kind.HANG, Kind.LINK_HANG, Kind.MISMATCH})
 LEAST_WAIT_S = 1.0
-
-
-def _said(call: Call) -> bool:
-    try:
-        return call.done() and bool(call.result(0))
-    except (CallError, TimeoutError):
-        return False
-
-
-def _answer(call: Call) -> dict[int, Any]:
-    if not call.done():
-        return {}
-    try:
-        return dict(call.result(0))
-    except (CallError, TimeoutError):
-        return {}

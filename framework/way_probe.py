@@ -12,10 +12,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from fault_tolerance.reachability import Stage, Way
-from framework.cluster import Call, CallError, Remote, wait_all
+from framework.cluster import Remote, answers
 
 ENDS_S, ASK_S = 3.0, 15.0
 SETTLE_S = 0.2  # for the last datagrams
@@ -24,7 +23,7 @@ SETTLE_S = 0.2  # for the last datagrams
 def probe_ways(agents: Mapping[str, Remote]) -> dict[tuple[str, str], Way]:
     """What every one of these machines saw of every other one. Takes 1 s, some more where ways are dead."""
     token = secrets.token_hex(8)
-    ends = _answers({node: agent.call("probe", "ends", token) for node, agent in agents.items()}, ENDS_S)
+    ends = answers({node: agent.call("probe", "ends", token) for node, agent in agents.items()}, ENDS_S)
     if len(ends) < 2:
         return {}
     sending, asking = {}, {}
@@ -33,24 +32,12 @@ def probe_ways(agents: Mapping[str, Remote]) -> dict[tuple[str, str], Way]:
         letters = {peer: ends[peer][1] for peer in peers}
         sending[node] = agents[node].call("probe", "send", letters, token=token, name=node)
         asking[node] = agents[node].call("probe", "reach", {peer: ends[peer][0] for peer in peers})
-    told, sent = _answers(asking, ASK_S), _answers(sending, ENDS_S)
+    told, sent = answers(asking, ASK_S), answers(sending, ENDS_S)
     time.sleep(SETTLE_S)
-    heard = _answers({node: agents[node].call("probe", "heard", token) for node in told}, ENDS_S)
+    heard = answers({node: agents[node].call("probe", "heard", token) for node in told}, ENDS_S)
     return {
         (a, b): Way(Stage(stage), seconds, failure, sent.get(a, 0), heard[b].get(a, 0))
         for a, found in told.items()
         for b, (stage, seconds, failure) in found.items()
         if a in heard and b in heard and a in sent
     }
-
-
-def _answers(calls: Mapping[str, Call], within_s: float) -> dict[str, Any]:
-    """What those say that answer in time."""
-    wait_all(list(calls.values()), within_s)
-    found = {}
-    for node, call in calls.items():
-        try:
-            found[node] = call.result(0)
-        except (CallError, TimeoutError):
-            continue
-    return found

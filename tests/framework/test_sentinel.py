@@ -57,7 +57,7 @@ class Asked:
 def test_all_record_from_the_start_or_wait_for_the_machine_that_still_builds(
     monkeypatch: pytest.MonkeyPatch, answers: tuple[bool | Exception, ...], at_once: bool
 ) -> None:
-    monkeypatch.setattr("framework.sentinel.wait_all", lambda calls, timeout_s: None)
+    monkeypatch.setattr("framework.ray_calls.wait_all", lambda calls, timeout_s: None)
     agents: Any = {f"n{i}": Asked(answer) for i, answer in enumerate(answers)}
     plan: Any = SimpleNamespace(nodes=tuple(agents))
     assert record_at_once(plan, agents) is at_once
