@@ -143,11 +143,9 @@ class Campaign:
         return self._all_events
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The rows that count so far: a step that is done again takes back those from it on."""
+        """The rows that count so far."""
         for row in self._written.new():
-            while self._counting and self._counting[-1]["step"] >= row["step"]:
-                self._counting.pop()
-            self._counting.append(row)
+            run_dir.enter(self._counting, row)
         return self._counting
 
     def _seen_control(self) -> str | None:

@@ -144,8 +144,7 @@ class Controller:
         if last:
             self._adopt()
             self._durable.finish()
-            for saved in self._durable.poll():
-                self._journal.event("checkpoint", **saved)
+            self._tell_saves()
 
     def run(self) -> dict[str, Any]:
         """The whole run. Returns the summary, `exit_code` included; called again, the same one."""
@@ -397,11 +396,15 @@ class Controller:
             if event.get("protected"):
                 self._inventory.release(plan)
         self._journal.tolerance = self._memory.tolerance()
+        self._tell_saves()
+        self._journal.vitals |= self._vitals.poll(time.monotonic(), self._pool.agents, self._pool.workers)
+
+    def _tell_saves(self) -> None:
+        """What has come of saves to storage."""
         for saved in self._durable.poll():
             self._journal.event("checkpoint", **saved)
             if not saved["saved"]:
                 self._journal.event("alarm", step=saved["step"], reason=f"checkpoint: {saved['reason']}", age_s=saved["age_s"])
-        self._journal.vitals |= self._vitals.poll(time.monotonic(), self._pool.agents, self._pool.workers)
 
     def _conclude(self, crew: Crew, leaving: Trouble | None) -> Trouble | None:
         outcomes = [view.outcome for view in crew.ranks if view.outcome is not None]

@@ -257,9 +257,7 @@ class Journal:
         self._dir.metric(row)
         self._watch_disk()
         self._telemetry.step(row, self.vitals)
-        while self._rows and self._rows[-1]["step"] >= row["step"]:
-            self._rows.pop()
-        self._rows.append(dict(row))
+        run_dir.enter(self._rows, dict(row))
         self._tell({"row": dict(row)})
 
     def _watch_disk(self) -> None:

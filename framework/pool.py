@@ -75,8 +75,9 @@ class Pool:
         """Have a live agent on every node and a live worker in every seat; those that are there already are asked.
 
         Returns how long each new one took, in seconds. One that stays away although others came up is started anew, once: a
-        process that dies before it has registered is missed by nobody. So is one that was started in a former life of its machine. Raises PoolError, naming who is missing and the last
-        lines of its log; what did not come up is ended, so that the next try begins afresh.
+        process that dies before it has registered is missed by nobody. So is one that was started in a former life of its machine.
+        Raises PoolError, naming who is missing and the last lines of its log; what did not come up is ended, so that the next
+        try begins afresh.
         """
         began = time.monotonic()
         wanted = self._names(seats)
@@ -113,7 +114,7 @@ class Pool:
         remotes = self._remotes()
         calls = {remotes[who].ready(): who for who in wanted if who in remotes and who not in self._starting}
         done, silent = wait_all(list(calls), ALIVE_S)
-        for call in (*silent, *(call for call in done if _failure(call))):
+        for call in (*silent, *(call for call in done if _error(call))):
             self._forget(calls[call])
 
     def _start_all(self, seats: Sequence[str]) -> None:
@@ -160,7 +161,7 @@ class Pool:
         if not all(call.done() for call in starting.values()):
             return False
         for who, call in starting.items():
-            if why := _failure(call):  # it died before it was of use: whoever asks next finds it missing, and starts another
+            if why := _error(call):  # it died before it was of use: whoever asks next finds it missing, and starts another
                 self.unready = (_node_of(who), f"{who} did not start: {why}")
                 self._forget(who)
                 return False
@@ -292,19 +293,14 @@ def _node_of(who: str) -> str:
 
 def _outlived(call: Call) -> bool:
     """Whether a process is gone because its machine died; the machine may be back."""
-    try:
-        call.result(0)
-    except WorkerDied as error:
-        return error.exit is Exit.NODE
-    except (CallError, TimeoutError):
-        return False
-    return False
+    error = _error(call)
+    return isinstance(error, WorkerDied) and error.exit is Exit.NODE
 
 
-def _failure(call: Call) -> str:
-    """Why a call that has ended gave nothing; empty if it gave something."""
+def _error(call: Call) -> Exception | None:
+    """Why a call that has ended gave nothing, if so."""
     try:
         call.result(0)
     except (CallError, TimeoutError) as error:
-        return str(error)
-    return ""
+        return error
+    return None

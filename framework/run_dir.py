@@ -156,6 +156,13 @@ def metrics(path: str | Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
+def enter(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+    """Add a row to those that count so far: a step that is done again takes back those from it on."""
+    while rows and rows[-1]["step"] >= row["step"]:
+        rows.pop()
+    rows.append(row)
+
+
 def metric_rows(path: str | Path) -> list[dict[str, Any]]:
     """Every row as written, steps that were done again included."""
     return Tail(Path(path) / "metrics.jsonl").new()
