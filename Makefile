@@ -35,7 +35,7 @@ train: $(STAMP)  ## train the default model: RUN='model=20m ...' overrides anyth
 test: $(STAMP)  ## all tests: TESTS=tests/parallel for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
-test-fast: $(STAMP)  ## the quick tests, which start no cluster: a minute
+test-fast: $(STAMP)  ## the quick tests, which start no cluster: a minute and a half
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not cluster" $(TESTS)
 
 lint: $(STAMP)  ## ruff and mypy

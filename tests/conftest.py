@@ -1,6 +1,6 @@
 """The suite's own rules: quick tests first, and what starts a Ray cluster or takes long is marked.
 
-pytest -m "not slow and not cluster"     what `make test-fast` runs: a minute on two cores
+pytest -m "not slow and not cluster"     what `make test-fast` runs: a minute and a half on two cores
 """
 
 import signal
