@@ -32,6 +32,7 @@ from framework.config import decode
 from framework.crew import Crew, muster
 from framework.distrust import Distrust
 from framework.durable import Durable
+from framework.failures import MAX_FAILURES, Failures
 from framework.incident import Trouble
 from framework.inventory import LOOK_S, Inventory, Stopped
 from framework.journal import Journal
@@ -57,7 +58,6 @@ STOP_S = 60.0
 APART_ABORT_S = 3.0  # who connects over a dead way is not out sooner than the way is back
 ALONE_LOOK_S = 3.0
 ROWS_S = 3.0
-MAX_FAILURES = 3  # at the same step, without one step of progress between
 
 
 class Controller:
@@ -100,7 +100,8 @@ class Controller:
             ways=self._ways,
             stopped=self._stop.is_set,
         )
-        self._failures: dict[int, int] = {}
+        self._failures = Failures()
+        self._mustered = bool(self._pool.workers)  # also in an earlier life
         self._summary: dict[str, Any] | None = None
         self._response: Response | None = None
         self._tried = Tried()
@@ -177,7 +178,10 @@ class Controller:
                 if not isinstance(closing, Trouble):
                     unsaved = str(closing.pop("unsaved", ""))
                     return self._end("failed" if unsaved and done else status, reason=unsaved, closing=closing)
-                trouble = self._put_aside(closing)
+                self._put_aside(closing)
+                for node in closing.nodes:
+                    self._pool.forget_agent(node)
+                trouble = self._count(closing)
         except Stopped:
             return self._end("interrupted")
         except Unfit as refusal:
@@ -206,9 +210,8 @@ class Controller:
         try:
             crew = self._muster(plan)
         except (PoolError, ClusterError) as error:
-            if isinstance(error, PoolError) and error.complaint:
-                raise Unfit(error.complaint) from error
-            return self._put_aside(self._unmustered(plan, error))
+            return self._unmustered(plan, error)
+        self._mustered = True
         self._response = self._respond(crew)
         try:
             ended = self._watch(crew)
@@ -320,9 +323,20 @@ class Controller:
         return crew
 
     def _unmustered(self, plan: Plan, error: Exception) -> Trouble:
-        """Why a crew could not be called together."""
+        """Why a crew could not be called together. A machine that nothing can be started on is left out, however often it was tried.
+
+        Raises Unfit where it is so at the very start: then the user can mend it, and nothing is lost.
+        """
         gone = [node for node in plan.nodes if not self._cluster.confirm(node)]
-        return apart(plan, gone, str(error), step=plan.source.step, now=time.time())
+        at, misfit = (error.nodes, error.misfit) if isinstance(error, PoolError) else ((), "")
+        if misfit and not self._mustered:
+            raise Unfit(misfit) from error
+        trouble = apart(plan, gone, str(error), step=plan.source.step, now=time.time(), nodes=at)
+        self._put_aside(trouble)
+        if misfit and not gone and self._dispensable(at[0]):
+            self._inventory.evict(at, misfit)
+            return trouble
+        return self._count(trouble)
 
     # watch
 
@@ -493,26 +507,29 @@ class Controller:
         if trouble.planned or trouble.ways or trouble.kind == "node_loss":
             return trouble
         step = self._journal.stands_at
-        self._failures[step] = self._failures.get(step, 0) + 1
-        if self._failures[step] >= MAX_FAILURES:
-            raise NoProgress(f"step {step + 1} failed {self._failures[step]} times in a row; the last time: {trouble}")
+        self._failures.add(step, trouble.nodes)
+        if self._failures.times(step) >= MAX_FAILURES:
+            raise NoProgress(f"step {step + 1} failed {self._failures.times(step)} times in a row; the last time: {trouble}")
+        node = self._failures.culprit(step)
+        if node is not None and self._dispensable(node):
+            self._inventory.evict([node], f"step {step + 1} failed {self._failures.times(step)} times, on {node} alone")
         return trouble
+
+    def _dispensable(self, node: str) -> bool:
+        """Whether what is left without a machine can go on."""
+        return self._journal.plan is not None and self._without(node, self._journal.plan).ratio is not None
 
     def _end(self, status: str, reason: str = "", closing: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Write the last word: what the run came to, or what is lost and how to go on."""
         exit_code = {"finished": 0, "unfit": 2, "interrupted": 130, "no_progress": 4}.get(status, 3)
         return self._journal.summary(status, reason=reason, closing=closing or {}, exit_code=exit_code)
 
-    def _put_aside(self, trouble: Trouble) -> Trouble:
+    def _put_aside(self, trouble: Trouble) -> None:
         """Trouble that came when no crew was at work: the incident is opened, and the dead go off the books."""
         if self._journal.plan is not None:
             self._journal.trouble(trouble, self._journal.plan)
-        for node in trouble.nodes:
-            if trouble.kind == "node_loss":
-                self._inventory.bury([node])
-            else:
-                self._pool.forget_agent(node)
-        return self._count(trouble)
+        if trouble.kind == "node_loss":
+            self._inventory.bury(trouble.nodes)
 
 
 class NoProgress(Refused):

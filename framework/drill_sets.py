@@ -273,6 +273,14 @@ DRILLS = (
         says=("state lost: step", "no checkpoint exists"),
     ),
     Drill(
+        "lemon",
+        "a machine on which the same step fails twice is left out; the run goes on without it",
+        BASE,
+        tuple(_fault(6, "raise", "forward", node="n1") for _ in range(2)),
+        kinds=("crash", "crash"),
+        news=("quarantine",),
+    ),
+    Drill(
         "stuck",
         "the same step fails three times: it ends, and what was reached is saved",
         BASE,

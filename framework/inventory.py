@@ -12,6 +12,7 @@ to in `plan.py`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from fault_tolerance.reachability import LeftOut, leave_out
@@ -32,6 +33,7 @@ from framework.waiting import await_nodes
 
 LOOK_S = 0.2
 SLOW_START_S = 10.0
+MAX_UNREADY = 3  # processes of a joining machine that come to nothing
 GROW_LOOK_S = 0.5  # how often it is asked whether growing would pay
 CALM_S = 1.0  # how often the machines are listed while nobody is suspected
 
@@ -64,6 +66,7 @@ class Inventory:
         self._seen: tuple[Node, ...] = ()
         self._seen_at = 0.0
         self._missing: tuple[str, ...] = ()
+        self._unready: Counter[str] = Counter()
 
     @property
     def seated(self) -> tuple[str, ...]:
@@ -189,11 +192,16 @@ class Inventory:
             self._journal.event("node", reason=reason, cause="unready", node=fresh[0])
 
     def tell_unready(self) -> None:
-        """Say which process came to nothing since the last time, if one did."""
-        node, reason = self._pool.unready
-        if reason:
-            self._journal.event("node", reason=reason, cause="unready", node=node)
-            self._pool.unready = ("", "")
+        """Say which processes came to nothing since the last time. A machine that has no rank is barred when it happens there
+        again and again, or would.
+        """
+        told, self._pool.unready = self._pool.unready, []
+        for error in told:
+            node = error.nodes[0]
+            self._journal.event("node", reason=str(error), cause="unready", node=node)
+            self._unready[node] += 1
+            if node not in self.seated and (error.misfit or self._unready[node] >= MAX_UNREADY):
+                self.evict([node], error.misfit or f"processes on {node} came to nothing {self._unready[node]} times")
 
     def _seats_on(self, nodes: Iterable[str]) -> list[str]:
         return [f"{node}.{slot}" for node in nodes for slot in range(self._wish.workers_per_node)]

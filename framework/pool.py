@@ -23,14 +23,16 @@ STUCK_S, TIMES = 8.0, 4.0  # who has not come up for so long, and so many times 
 
 
 class PoolError(RuntimeError):
-    """A process could not be started, or is not the program that the controller is.
+    """Processes could not be started. `nodes` are the machines where.
 
-    `complaint` is what the process has against its config, where that is why.
+    `misfit`, in one line: why nothing of this run can be started there, however often it is tried: the program that lies there
+    is another one, or cannot do what the config asks for.
     """
 
-    def __init__(self, message: str, *, complaint: str = "") -> None:
+    def __init__(self, message: str, *, nodes: Sequence[str] = (), misfit: str = "") -> None:
         super().__init__(message)
-        self.complaint = complaint
+        self.nodes = tuple(nodes)
+        self.misfit = misfit
 
 
 class Pool:
@@ -46,7 +48,7 @@ class Pool:
         for kind, found in (("agent", self.agents), ("worker", self.workers)):
             late = {name: remote for name, remote in found.items() if remote.facts().get("State") != "ALIVE"}
             self._starting |= {f"{kind} {name}": remote.ready() for name, remote in late.items()}
-        self.unready = ("", "")  # the node of the last process that came to nothing, and what became of it
+        self.unready: list[PoolError] = []  # of what came to nothing while nobody was kept waiting
 
     def start(self, seats: Sequence[str]) -> None:
         """Start what is missing for these seats (`<node>.<slot>`): workers, and the agents of their nodes. Does not wait.
@@ -126,8 +128,9 @@ class Pool:
 
     def _start_anew(self, stuck: Iterable[str], seats: Sequence[str]) -> None:
         for who in sorted(stuck):
-            self.unready = (_node_of(who), f"{who}{self._state(who)} does not come up, others did: it is started anew")
-            print(f"pool: {self.unready[1]}", flush=True)
+            text = f"{who}{self._state(who)} does not come up, others did: it is started anew"
+            self.unready.append(PoolError(text, nodes=[_node_of(who)]))
+            print(f"pool: {text}", flush=True)
             self._forget(who)
         self._start_all(seats)
 
@@ -148,9 +151,12 @@ class Pool:
         words = [f"{who}{self._state(who)}: {tail(self._log(*who.split(' ', 1)), 3)}".rstrip(": ") for who in gone or waiting]
         for who in waiting if late else gone:
             self._forget(who)
+        nodes = sorted({_node_of(who) for who in gone or waiting})
         if gone:
-            raise PoolError(f"{', '.join(gone)} did not start: the machine does not answer")
-        raise PoolError(f"cluster.start_timeout_s: processes must start within {timeout_s:.0f} s, got no answer from {'; '.join(words)}")
+            raise PoolError(f"{', '.join(gone)} did not start: the machine does not answer", nodes=nodes)
+        raise PoolError(
+            f"cluster.start_timeout_s: processes must start within {timeout_s:.0f} s, got no answer from {'; '.join(words)}", nodes=nodes
+        )
 
     def is_ready(self, seats: Sequence[str]) -> bool:
         """Whether workers of these seats, and the agents of their nodes, have started."""
@@ -161,8 +167,8 @@ class Pool:
         if not all(call.done() for call in starting.values()):
             return False
         for who, call in starting.items():
-            if why := _error(call):  # it died before it was of use: whoever asks next finds it missing, and starts another
-                self.unready = (_node_of(who), f"{who} did not start: {why}")
+            if error := self._unfit(who, call):  # it died before it was of use: whoever asks next finds it missing, and starts another
+                self.unready.append(error)
                 self._forget(who)
                 return False
         return True
@@ -244,19 +250,28 @@ class Pool:
         return f"{self._logs}/{kind}_{name}.log"
 
     def _check(self, who: str, ready: Call) -> None:
+        """Raises PoolError if a process that has answered is of no use."""
+        if error := self._unfit(who, ready):
+            self._forget(who)
+            raise error
+
+    def _unfit(self, who: str, ready: Call) -> PoolError | None:
+        """Why a process that has answered is of no use, if so."""
         kind, _, name = who.partition(" ")
         try:
             identity = ready.result(0)
-        except CallError as error:
-            self._forget(who)
+        except (CallError, TimeoutError) as error:
             message = f"{who} did not start: {error}\n{tail(self._log(kind, name), 5)}".rstrip()
-            raise PoolError(message, complaint=complaint(error)) from error
+            misfit = complaint(error) if isinstance(error, CallError) else ""
+            return PoolError(message, nodes=[_node_of(who)], misfit=misfit)
         for key in ("version", "digest"):
             if identity[key] != self._identity[key]:
-                raise PoolError(
-                    f"{who} runs another program: {key} must be {self._identity[key]}, got {identity[key]} in "
-                    f"{identity['code_path']}; install the same holdfast on every node"
+                text = (
+                    f"cluster: every machine must run the controller's program, got {key} {identity[key]} against {self._identity[key]} "
+                    f"of {who} in {identity['code_path']}; install the same holdfast on every node"
                 )
+                return PoolError(text, nodes=[_node_of(who)], misfit=text)
+        return None
 
 
 def overdue(waiting: Iterable[str], took_s: Mapping[str, float], waited_s: float, timeout_s: float) -> frozenset[str]:

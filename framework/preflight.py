@@ -24,7 +24,7 @@ def preflight(config: Config, nodes: Sequence[str], *, cluster: Cluster, pool: P
     try:
         pool.ensure([f"{node}.0" for node in hosts], timeout_s=config.cluster.start_timeout_s)
     except PoolError as error:
-        raise (Unfit(error.complaint) if error.complaint else Refused(f"preflight: {error}")) from error
+        raise (Unfit(error.misfit) if error.misfit else Refused(f"preflight: {error}")) from error
     agents = {node: pool.agents[node] for node in hosts}
     checkup = examine(agents, hosts, one_machine=cluster.control is not None)
     (Path(config.run_dir) / "preflight.txt").write_text(words(checkup) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,6 +54,16 @@ def test_a_node_that_dies_while_its_workers_are_started_is_the_pool_s_trouble() 
         pool.ensure(["n0.0", "n1.0"], timeout_s=1.0)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A call that has ended."""
+
+    result: Callable[[float], dict[str, str]]
+
+    def done(self) -> bool:
+        return True
+
+
 class Settling(Empty):
     """A cluster of n1, whose workers die while they are started until `well`; what is killed is in `killed`."""
 
@@ -59,6 +71,7 @@ class Settling(Empty):
 
     def __init__(self) -> None:
         self.well, self.killed = False, list[str]()
+        self.program = {"version": "1", "digest": "d", "code_path": "/here"}
 
     def start_vault(self, node: str, *_: object, **__: object) -> Any:
         return self._remote(f"agent {node}", well=True)
@@ -70,9 +83,9 @@ class Settling(Empty):
         def result(_: float) -> dict[str, str]:
             if not well:
                 raise CallError("gone", actor=name, node="n1")
-            return {}
+            return self.program
 
-        ready = SimpleNamespace(done=lambda: True, result=result)
+        ready = Ready(result)
         return SimpleNamespace(ready=lambda: ready, facts=dict, kill=lambda: self.killed.append(name))
 
 
@@ -88,6 +101,24 @@ def test_a_worker_that_died_before_it_was_of_use_is_not_ready_and_is_started_aga
     cluster.well = True
     pool.start(["n1.0"])
     assert pool.is_ready(["n1.0"])
+
+
+def test_a_machine_with_another_program_is_told_from_one_where_a_process_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine joined with an older installation: its worker counted as ready, the crew was ended for it, it failed the same way
+    three times, and a healthy run was over.
+    """
+    monkeypatch.setattr("framework.pool.wait_any", lambda calls, timeout_s: (calls, []))
+    monkeypatch.setattr("framework.pool.wait_all", lambda calls, timeout_s: (calls, []))
+    cluster = Settling()
+    cluster.well, cluster.program = True, cluster.program | {"digest": "older"}
+    pool = Pool(cluster, logs="/nowhere", agent={}, worker={})  # type: ignore[arg-type]
+    pool.start(["n1.0"])
+    assert not pool.is_ready(["n1.0"])
+    [told] = pool.unready
+    assert told.nodes == ("n1",) and "install the same holdfast on every node" in told.misfit
+    with pytest.raises(PoolError, match="digest older against d") as raised:
+        pool.ensure(["n1.0"], timeout_s=1.0)
+    assert raised.value.misfit == str(raised.value) and raised.value.nodes == ("n1",)
 
 
 def test_what_is_on_a_lost_node_is_ended_should_it_be_there_again() -> None:
