@@ -119,7 +119,7 @@ def _copy(move: Move, part: NDArray[np.uint8], at: int, target: torch.Tensor) ->
     window = _window(move, part, at, width)
     into = carried[move.overlap.within(move.target)] if move.overlap.shape else carried
     if target.is_cuda:
-        into.copy_(torch.from_numpy(np.ascontiguousarray(window).view(_signed(width))))
+        into.copy_(torch.from_numpy(np.array(window.view(_signed(width)))))
     else:
         np.copyto(into.numpy(), window.view(_signed(width)))
 

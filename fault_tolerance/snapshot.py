@@ -20,8 +20,8 @@ then on, and the controller, who sees the vault die, decides. If it was only too
 up on all nodes (`missed` says why) and the next one is tried. All ranks must begin the same steps: a step that some rank
 skips is never protected.
 
-On a GPU the copy goes through two pinned buffers on a stream of its own (`device_copy.py`); `gate` returns when the
-device's memory has been read.
+On a GPU the copy is on a stream of its own, straight into the vault's memory if that can be pinned (`device_copy.py`); `gate`
+returns when the device's memory has been read.
 
 Rule of this file: it reads tensors and writes its slab. Hashing, digests and coding are the vault's work, in its own
 process, so they cost the training process nothing.
@@ -197,6 +197,8 @@ class Snapshotter:
         self._thread.join(GATE_S)
         if not self._thread.is_alive():
             self._staged = None
+            if self._devices is not None:
+                self._devices.close()
             self._segments.clear()  # unmapped: from here on the vault may lend them to others
             with contextlib.suppress(WireError, Refused):
                 self._channel.call({"op": "detach"}, wait_s=GATE_S)
@@ -222,8 +224,17 @@ class Snapshotter:
                 self.failure = f"step {job.step}: {error}"
             finally:
                 if isinstance(job, _Job):
-                    job.tensors = {}
-                    job.copied.set()
+                    self._land(job)
+
+    def _land(self, job: _Job) -> None:
+        """Nothing reads the tensors any more, whatever became of the copy."""
+        try:
+            if self._devices is not None:
+                self._devices.finish()
+        except RuntimeError as error:  # the device itself has failed
+            self.failure = self.failure or f"step {job.step}: {error}"
+        job.tensors = {}
+        job.copied.set()
 
     def _stage(self, job: _Job) -> None:
         view = self._segment(job.step)
@@ -233,6 +244,8 @@ class Snapshotter:
         if job.given_up:
             self._channel.call({"op": "give_up", "step": job.step, "reason": self.missed})
             return
+        if self._devices is not None and self._slab.entries:
+            self._devices.pin(view[self._base : self._base + self._slab.nbytes])
         for entry, skip in self._ranges:
             start = self._base + entry.offset
             self._copy(job, entry, skip, view[start : start + entry.nbytes])

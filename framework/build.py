@@ -17,6 +17,7 @@ from framework import data as data_source
 from framework.batching import Loader
 from framework.config import Config, ModelConfig
 from framework.config_rules import MODEL_KEYS
+from framework.devices import decide
 from framework.model import flops_per_token
 from framework.peak import peak_flops, shared
 from framework.schedule import Schedule
@@ -30,15 +31,6 @@ from parallel.engine import Engine, EngineOptions, FsdpEngine, numbers
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.specs import state_specs
-
-
-def device_kind(wish: str) -> str:
-    """`cpu` or `cuda`. Raises ValueError if cuda is asked for and not there."""
-    if wish == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wish == "cuda" and not torch.cuda.is_available():
-        raise ValueError("cluster.device: cuda must be available on every node, got none; use cluster.device=cpu")
-    return wish
 
 
 def open_data(config: Config) -> Data:
@@ -134,7 +126,7 @@ def make_mfu(config: Config, layout: Layout, *, workers_here: int) -> Callable[[
 
     `workers_here`: how many of the layout's workers share this machine's processor.
     """
-    optim, seq_len, device = config.optim, config.data.seq_len, device_kind(config.cluster.device)
+    optim, seq_len, device = config.optim, config.data.seq_len, decide(config).kind
     flops = flops_per_token(meta(model_builder(config)), seq_len=seq_len) * optim.global_batch * seq_len
     peak = peak_flops(device, precision=config.layout.precision)
     if device == "cpu":

@@ -44,7 +44,7 @@ from framework.nodes import (
 )
 from framework.ray_calls import Call, Remote, actor_class, answers, wait_all, wait_any
 from framework.ray_session import connect, forget_facts, get_facts, give_notice, namespace, put_facts
-from framework.raylets import HEAD, HEAD_IP
+from framework.raylets import HEAD, HEAD_IP, NCCL_ENV
 
 __all__ = [
     "Call", "CallError", "Cluster", "ClusterError", "Machines", "Node", "Remote", "RemoteError", "WorkerDied",
@@ -57,7 +57,7 @@ ANSWER_S = 2.0  # of a machine's kernel, one lost packet included
 ID_CHARS = 12
 PIN = 0.001  # of the resource that every node has one of, and that bears its address
 NODE_ID = "ray.io/node-id"  # a label that every node has
-REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "RAY_worker_niceness": "0"}
+REMOTE_ENV = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "RAY_worker_niceness": "0", **NCCL_ENV}
 
 
 class Cluster:
@@ -142,6 +142,11 @@ class Cluster:
         """The same, from within an actor of the run. Raises ClusterError if there is no such run."""
         facts = get_facts(run_id)
         return cls(run_id=run_id, address=facts["address"], control=facts["control"], local=None, facts=facts)
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """What Ray gives to each worker. Of emulated machines none: it does not know that they share one machine's."""
+        return float(self._facts["gpus_per_worker"])
 
     def close(self) -> None:
         """The driver's: end this run's actors and their reservations, and the cluster if it is a local one."""

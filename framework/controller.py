@@ -30,6 +30,7 @@ from framework.closing import Closing
 from framework.cluster import CallError, Cluster, wait_all
 from framework.config import decode
 from framework.crew import Crew, muster
+from framework.devices import decide
 from framework.distrust import Distrust
 from framework.durable import Durable
 from framework.failures import MAX_FAILURES, Failures
@@ -64,9 +65,11 @@ class Controller:
     """The run's one decider, hosted in an actor. `run` blocks until the end; `progress` and `stop` may be called meanwhile."""
 
     def __init__(self, *, config: dict[str, Any], run_id: str, secret: str, startup: dict[str, Any]) -> None:
-        self._config = decode(config)
         self._run_id = run_id
         self._cluster = Cluster.inside(run_id)
+        self._device = decide(decode(config), gpus_per_worker=self._cluster.gpus_per_worker)
+        config = config | {"cluster": config["cluster"] | {"device": self._device.kind}}  # decided once, for all processes
+        self._config = decode(config)
         self._journal = Journal(self._config, run_id, gauge=self._gauge, startup=Startup(**startup))
         self._planner = Planner(self._config)
         self._rendezvous = Rendezvous(self._cluster.own_ip())
@@ -318,7 +321,7 @@ class Controller:
             ping_period_s=self._config.detect.ping_period_s,
             answers_s=self._answers_s,
         )
-        self._journal.mustered(plan, seconds=time.monotonic() - began, started=took)
+        self._journal.mustered(plan, seconds=time.monotonic() - began, started=took, device=str(self._device))
         self._inventory.warm_spares(plan)
         return crew
 

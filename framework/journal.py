@@ -140,14 +140,14 @@ class Journal:
             plan_s=seconds,
         )
 
-    def mustered(self, plan: Plan, *, seconds: float, started: Mapping[str, float]) -> None:
+    def mustered(self, plan: Plan, *, seconds: float, started: Mapping[str, float], device: str) -> None:
         """The crew of a plan has been called together."""
         self._mark("processes")
         self._recoveries = {}
         if self._open is not None:
             self._open.muster_s = seconds
         slowest = max(started.values(), default=0.0)
-        reason = f"{plan.layout.world} workers on {len(plan.nodes)} nodes, {len(started)} processes started in {slowest:.1f} s"
+        reason = f"{plan.layout.world} workers on {len(plan.nodes)} nodes, {len(started)} processes started in {slowest:.1f} s; {device}"
         self.event("crew", reason=reason, step=plan.source.step, muster_s=seconds, started=dict(started))
 
     def take(self, said: Iterable[Mapping[str, Any]], plan: Plan) -> None:

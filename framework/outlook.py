@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from fault_tolerance import budget as memory_budget
 from fault_tolerance.placement import limits, plan_groups
 from fault_tolerance.room import room
 from fault_tolerance.slab import slab_of
 from framework.config import Config
+from framework.devices import decide
 from framework.plan import Place, Plan, Source, make_plan
 from framework.planner import Planner
 from framework.ray_rooms import Rooms
@@ -29,10 +31,12 @@ def outlook(config: Config, rooms: Rooms | None = None) -> str:
     """The plan as lines of `key: value`. `rooms`: what the nodes of a cluster said. Raises ValueError for what would be refused
     at the start.
     """
+    device = decide(config, gpus_per_worker=None if rooms is None else rooms.gpus_per_worker)
+    config = replace(config, cluster=replace(config.cluster, device=device.kind))
     planner = Planner(config)
     plan = make_plan("plan", planner.wish(), planner.situation(places_of(config, rooms), source=first_source(config), generation=0))
     atlas = planner.atlas(plan.layout, plan.schedule)
-    lines = [*_work(config, planner, plan), *_seats(plan, atlas), *_protection(config, plan, atlas, rooms)]
+    lines = [*_work(config, planner, plan), ("device", str(device)), *_seats(plan, atlas), *_protection(config, plan, atlas, rooms)]
     width = max(len(key) for key, _ in lines)
     return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
 

@@ -189,7 +189,8 @@ def options(wish: Wish, situation: Situation) -> tuple[Option, ...]:
         found += [_option("use all that lives", c, warm, wish, situation) for c in _ranked(slots, wish, situation)]
     if 0 < warm < slots:
         known = {option.layout for option in found}
-        fewer = [c for c in _ranked(warm, wish, situation) if c not in known]
+        most = warm if wish.layout is None else min(warm, wish.layout.world)  # nobody gets more ranks than were asked for
+        fewer = [c for c in _ranked(most, wish, situation) if c not in known]
         found += [_option("use only what is warm", layout, warm, wish, situation) for layout in fewer]
     found.sort(key=lambda option: -option.useful)
     priced = [_priced(option, wish, situation) for option in found[:NUM_PRICED]]

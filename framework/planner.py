@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 
 from framework import data as data_source
-from framework.build import device_kind, make_atlas
+from framework.build import make_atlas
 from framework.config import Config
 from framework.config_rules import OWN_MODEL
 from framework.cost import Method, ModelCost, predict
+from framework.devices import decide
 from framework.incident import Trouble
 from framework.layout_choice import candidates
 from framework.overlap import Overlap
@@ -32,7 +33,7 @@ class Planner:
         self._config = config
         self.atlas: Callable[[Layout, str], Atlas] = make_atlas(config)
         self._rates: Rates = guess(
-            device_kind(config.cluster.device),
+            decide(config).kind,
             workers_per_node=config.cluster.workers_per_node,
             precision=config.layout.precision,
             cores_per_worker=cores_per_worker,

@@ -31,13 +31,15 @@ TASK_S = 20.0  # Ray starts a process on each node for it
 @dataclass(frozen=True, slots=True)
 class Rooms:
     """What a cluster said. `domains` are those of the nodes that could hold the workers, `free` their bytes by pool;
-    `silent` says why others' are not known. `refusal`: why nobody could be asked.
+    `silent` says why others' are not known. `gpus_per_worker`: as the cluster would give them, None where nobody could be asked,
+    and `refusal` says why.
     """
 
     domains: Mapping[str, str] = field(default_factory=dict)
     free: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     silent: Mapping[str, str] = field(default_factory=dict)
     refusal: str = ""
+    gpus_per_worker: float | None = None
 
 
 def ask(config: Config) -> Rooms:
@@ -72,7 +74,7 @@ def _main(wish: Mapping[str, Any]) -> dict[str, Any]:
     try:
         fit = cluster.usable()
         free, silent = _rooms({node.name: node.ray_id for node in fit})
-        return {"domains": {node.name: node.domain for node in fit}, "free": free, "silent": {**cluster.unfit(), **silent}}
+        return {"domains": {node.name: node.domain for node in fit}, "free": free, "silent": {**cluster.unfit(), **silent}, "gpus_per_worker": cluster.gpus_per_worker}
     finally:
         cluster.close()
 

@@ -58,7 +58,9 @@ RAY_ENV = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_BACKEND_LOG_LEVEL": "warning",
 }
+NCCL_ENV = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}  # by default its watchdog ends a process whose peer is lost; we go on with it
 WORKER_ENV = {
+    **NCCL_ENV,
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",

@@ -9,12 +9,13 @@ Rule of this file: nobody trains on bytes that failed their proof, and all ranks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fault_tolerance.catalogue import Snapshot
 from fault_tolerance.checkpoint import Checkpoint
@@ -24,12 +25,13 @@ from fault_tolerance.storage import StorageError
 from fault_tolerance.verify import DamageError
 from fault_tolerance.wire import Refused, WireError
 from framework.plan import Source
-from parallel.atlas import Atlas
+from parallel.atlas import Atlas, Piece
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 
 LIMB_BITS = 16  # a 64-bit digest is summed over ranks in four parts, each exact in float64
+PART_BYTES = 1 << 30  # of host memory on the way from a checkpoint to a device
 FAILURES = (RestoreError, DamageError, StorageError, WireError, Refused, ValueError, OSError)
 
 ReadTensor = Callable[[str], NDArray[Any]]
@@ -83,10 +85,35 @@ def tensor_reader(snapshot: Snapshot, *, node: str, secret: bytes) -> Iterator[R
 def _from_checkpoint(engine: Engine, path: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(path)
     try:
-        stats = checkpoint.read_into(engine.state())
+        num_bytes = sum(_read(checkpoint, part) for part in _parts(engine.state()))
     finally:
         checkpoint.close()
-    return {"tier": "durable", "step": checkpoint.step, "bytes_peer": stats.bytes_read}
+    return {"tier": "durable", "step": checkpoint.step, "bytes_peer": num_bytes}
+
+
+def _parts(state: Mapping[Piece, Tensor]) -> Iterator[dict[Piece, Tensor]]:
+    """What is on the host all at once, what is on a device in parts that pass through the host's memory."""
+    yield {piece: tensor for piece, tensor in state.items() if tensor.is_cpu}
+    part, num_bytes = dict[Piece, Tensor](), 0
+    for piece, tensor in state.items():
+        if not tensor.is_cpu:
+            part[piece], num_bytes = tensor, num_bytes + tensor.nbytes
+        if num_bytes >= PART_BYTES:
+            yield part
+            part, num_bytes = {}, 0
+    yield part
+
+
+def _read(checkpoint: Checkpoint, part: Mapping[Piece, Tensor]) -> int:
+    """Fill tensors. Returns the bytes that were read for it."""
+    if not part:
+        return 0
+    host = {piece: tensor if tensor.is_cpu else torch.empty(tensor.shape, dtype=tensor.dtype) for piece, tensor in part.items()}
+    stats = checkpoint.read_into(host)
+    for piece, tensor in part.items():
+        if not tensor.is_cpu:
+            tensor.copy_(host[piece])
+    return stats.bytes_read
 
 
 def _from_memory(

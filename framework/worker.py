@@ -30,8 +30,9 @@ from fault_tolerance.catalogue import Snapshot
 from fault_tolerance.interval import at_most, fixed, young
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.stacks import arm
-from framework.build import device_kind, make_engine, make_feed, make_mfu, make_schedule, model_builder, open_data
+from framework.build import make_engine, make_feed, make_mfu, make_schedule, model_builder, open_data
 from framework.config import Config, decode
+from framework.devices import check_here, decide, device_of
 from framework.fault_acts import corrupt_block
 from framework.faults import FaultInjector
 from framework.finish import sample_text, state_digest
@@ -69,7 +70,8 @@ class Worker:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self._config: Config = decode(config)
         self._run_id, self._secret, self._node, self._name = run_id, bytes.fromhex(secret), node, name
-        self._device = device_kind(self._config.cluster.device)
+        self._device = decide(self._config).kind
+        check_here(self._device)
         self._data = open_data(self._config)
         self._stores: dict[tuple[str, int], Store] = {}
         self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=MAX_SAID)
@@ -143,7 +145,8 @@ class Worker:
         """The memory of this process, in bytes."""
         found = {"rss_bytes": float(psutil.Process().memory_info().rss)}
         if self._device == "cuda":
-            found["device_peak_bytes"] = float(torch.cuda.max_memory_allocated())
+            mesh = self._mesh
+            found["device_peak_bytes"] = 0.0 if mesh is None else float(torch.cuda.max_memory_allocated(mesh.device))
         return found
 
     def leave(self) -> bool:
@@ -217,7 +220,7 @@ class Worker:
             rank=order["rank"],
             layout=plan.layout,
             generation=plan.generation,
-            device=self._device,
+            device=device_of(self._device, rank=order["rank"], emulated=self._config.cluster.address == "local"),
             timeout_s=self._config.detect.first_step_timeout_s,
             given_up=lambda: self._ended,
         )

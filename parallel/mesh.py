@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,6 +36,7 @@ from parallel.layout import AXES, Layout
 from parallel.sockets import Address, listeners, pace, shut_down
 
 SLICE_S = 0.5  # a wait at the store cannot be severed, so it is cut into these
+ABORT_S = 8.0  # NCCL's abort waits for its kernels, which end at once when told to
 
 
 class Mesh:
@@ -54,7 +56,8 @@ class Mesh:
         self._names = dict(zip(AXES, devices.mesh_dim_names or (), strict=True))
         self.seat = layout.seat(rank)
         self._mine, self._theirs = ends
-        self._open = True
+        self._groups = [dist.group.WORLD, *(devices.get_group(name) for name in devices.mesh_dim_names or ())]
+        self._open, self._severed = True, False
 
     @staticmethod
     def connect(
@@ -74,7 +77,7 @@ class Mesh:
         after `given_up` says that there is no use in waiting for the others any more.
         A process has one mesh at a time, close the one before; and no generation twice.
         """
-        device = torch.device(device)
+        device = _numbered(torch.device(device))
         place = PrefixStore(f"generation {generation}", store)
         _arrive(place, "arrived", rank, layout.world, "", arrive_s, given_up)
         before = listeners()
@@ -101,6 +104,10 @@ class Mesh:
         """The sum of a tensor over all ranks, in a new tensor on the mesh's device; equal bits on every rank."""
         total = value.detach().to(self.device, copy=True)
         dist.all_reduce(total)
+        if total.is_cuda:
+            torch.cuda.current_stream(total.device).synchronize()
+            if self._severed:  # NCCL's operations end without an error then, and without a result
+                raise dist.DistBackendError("mesh: it was severed, so this is no sum")
         return total
 
     def share(self, value: object) -> list[Any]:
@@ -114,10 +121,20 @@ class Mesh:
 
         From any thread. The mesh is of no further use; `close` it from the thread that used it.
         """
+        self._severed = True
         if self.device.type == "cuda":
-            torch.distributed.distributed_c10d._abort_process_group()
+            self._abort()
             return self.layout.world - 1
         return shut_down(mine=self._mine, theirs=self._theirs)
+
+    def _abort(self) -> None:
+        """Every group in a thread of its own: a kernel of one may stand in line behind a stuck one of another."""
+        threads = [threading.Thread(target=group.abort, daemon=True) for group in self._groups if group is not None]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + ABORT_S
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def pace(self, bytes_per_s: int) -> int:
         """Hold all that this rank sends on this mesh to a rate per connection. Returns the number of connections (gloo)."""
@@ -128,10 +145,13 @@ class Mesh:
         if not self._open:
             return
         self._open = False
+        self._groups.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
         forget(self.devices)
         gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next generation may have another rank, and with it this one's GPU, elsewhere
 
 
 def _arrive(
@@ -149,6 +169,11 @@ def _arrive(
             late = isinstance(error, dist.DistStoreError) or type(error) is RuntimeError  # of a FileStore's timeout it is the bare one
             if not late or given_up() or time.monotonic() >= deadline:
                 raise
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A GPU by its number: `cuda` alone is the present one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
 def _make_groups(

@@ -420,7 +420,7 @@ class Poller {
         p.reached.reset();
       }
       if (!p.work->isCompleted()) return false;
-      p.entry.ended(p.work->isSuccess() ? DONE : FAILED);
+      p.entry.ended(p.work->exception() ? FAILED : DONE);  // NCCL's has no isSuccess any more
     } catch (...) {
       p.entry.ended(FAILED);
     }

@@ -7,7 +7,16 @@ import torch
 
 from fault_tolerance.catalogue import Snapshot
 from fault_tolerance.restore import Reader
-from tests.fault_tolerance.vaults import VaultCluster, atlas_of, empty_shards, same_bits, shards, whole_state
+from tests.fault_tolerance.vaults import (
+    VaultCluster,
+    atlas_of,
+    empty_shards,
+    same_bits,
+    shards,
+    wait_until,
+    whole_state,
+)
+from tests.gpu import needs_gpu
 
 pytestmark = pytest.mark.slow
 
@@ -125,3 +134,28 @@ def test_restored_bytes_land_in_the_tensors_that_were_given(cluster):
     reader.close()
     assert {piece: tensor.data_ptr() for piece, tensor in tensors.items()} == places
     assert same_bits(tensors, shards(plan.atlas, 0, state))
+
+
+@needs_gpu
+def test_a_state_on_a_gpu_is_protected_lost_and_read_back_onto_it_to_the_bit(cluster):
+    """A scalar could not be written to a device: its bytes came as an array of one element."""
+    atlas = atlas_of("1x1x1", width=96)
+    plan = cluster.plan(atlas, tolerate=1, generation=40, chunk_bytes=1 << 16)
+    cluster.open(plan)
+    state = whole_state(atlas, 5)
+    on_device = {piece: tensor.cuda() for piece, tensor in shards(atlas, 0, state).items()}
+    for step in (1, 2):
+        wait_until(cluster.snapshotters[0].ready)
+        cluster.snapshotters[0].begin(step, {"step": step}, on_device)
+        cluster.snapshotters[0].gate()
+        wait_until(lambda step=step: cluster.snapshotters[0].protected == step)
+    assert list(cluster.snapshotters[0]._devices._pinned), "a vault's memory must be one that the driver pins"
+    for lost in ([], [plan.seats[0]]):
+        found = cluster.catalogue(without=lost).newest
+        back = {piece: torch.empty_like(tensor) for piece, tensor in on_device.items()}
+        reader = Reader(found, node="elsewhere", secret=cluster.secret)
+        stats = reader.restore(atlas, 0, back)
+        assert reader.digest(atlas, 0, back) == found.digest
+        reader.close()
+        assert bool(stats.decoded_bytes) == bool(lost)
+        assert same_bits({piece: tensor.cpu() for piece, tensor in back.items()}, shards(atlas, 0, state))

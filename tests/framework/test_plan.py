@@ -147,3 +147,11 @@ def test_the_way_to_the_layout_that_was_asked_for_is_named() -> None:
     assert make_plan("r", WISH, situation(spared, **after)).options[0].name == "use n4"
     assert make_plan("r", WISH, situation(replaced, **after)).options[0].name == "replace in place"
     assert make_plan("r", WISH, situation(places(4))).options[0].name == "as configured"
+
+
+def test_a_loss_never_gives_a_run_more_ranks_than_were_asked_for() -> None:
+    """One rank on four nodes, whose other three are warm: after a loss it once was to go on with three."""
+    wish = replace(WISH, layout=Layout(), num_nodes=4, tolerate=0)
+    found = tuple(Place(f"n{i}", 1, f"n{i}", int(i > 0)) for i in range(4))
+    plan = make_plan("r", wish, situation(found, trouble="crash: rank 0", seated=("n0",), candidates=lambda slots: [Layout(), Layout(dp=3)][: slots]))
+    assert {option.layout for option in plan.options} == {Layout()}
