@@ -25,7 +25,15 @@ from fault_tolerance.deadlines import Deadlines, Patience
 from fault_tolerance.hangs import judge_deaths, judge_hangs
 from fault_tolerance.links import Delay, Ends, delays, judge_links, levels, normalised
 from fault_tolerance.mismatches import judge_mismatches
-from fault_tolerance.stragglers import LEARNT_STEPS, Rule, against_past, judge_stragglers, last_step, waits_caused
+from fault_tolerance.stragglers import (
+    LEARNT_STEPS,
+    Rule,
+    against_past,
+    judge_stragglers,
+    last_step,
+    middle_s,
+    waits_caused,
+)
 from fault_tolerance.timeline import StepSpan, clock_offsets, meetings, merge, spans, ticket_of, transfers
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from parallel.record import Op, Phase, Record, Ring, State, decode
@@ -289,9 +297,10 @@ class Detector:
         drifted = [rank for rank, ratio in sorted(self._drifted.items()) if ratio >= rule.drift]
         if not drifted:
             return []
-        seen = {rank: dict(list(self._judgeable(rank).items())[-rule.windows[1] :]) for rank in self.rings}
+        seen = {rank: dict(list(self._judgeable(rank).items())[-2 * rule.window :]) for rank in self.rings}
+        middles = {rank: middle_s(mine) for rank, mine in seen.items() if mine}
         for rank in drifted:
-            m = against_past(rank, seen, self._levels, dict.fromkeys(seen, 0.0), rule.drift)
+            m = against_past(rank, seen, middles, self._levels, rule.drift)
             extra_s = m.own_s - m.reference_s if m else 0.0
             if m and m.ratio >= rule.drift and m.agree >= 0.7 and extra_s >= rule.impact * m.step_s:
                 nodes = self.topology.on([rank])

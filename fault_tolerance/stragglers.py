@@ -6,10 +6,15 @@
     past     its own level before, against everybody's                    2.0x, everybody 2.0x:    nobody is blamed
 
 A victim waits, so its own time does not grow, however long the chain from the culprit to it; a pipeline's bubble is a
-wait as well; and a stage with more layers is compared with itself. Medians over a window of steps, most steps of it must
-agree, and the difference must stand far out of the noise of the steps: where it does not, a longer window decides.
+wait as well; and a stage with more layers is compared with itself. Middles over a window of steps, most steps of it must
+agree, and the difference must stand far out of the noise: where it does not, a window one step longer may be sure.
 
-Rule of this file: pure. Source: C4 (non-communication slow) and GREYHOUND, turned from clocks to waits.
+    noise    of the rank and of the others, each from step to step, or of what is between them, whichever is more: ranks
+             that share a core win what the other loses; and from a step to the third after it, as it may not be drawn
+             anew in each
+
+Rule of this file: pure. Source: C4 (non-communication slow) and GREYHOUND, turned from clocks to waits; the middle of a window is
+that of Hodges and Lehmann (1963), nearly as exact as a mean and nearly as hard to mislead as a median.
 """
 
 from __future__ import annotations
@@ -17,28 +22,32 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations_with_replacement
 
 from fault_tolerance.timeline import Meeting, StepSpan
 from fault_tolerance.verdict import Kind, Topology, Verdict
 
 Spans = Mapping[int, Mapping[int, StepSpan]]  # by rank and step
 LEARNT_STEPS = 8  # that a level is the median of
+NOISE_STEPS = 40  # that noise is learnt from, the newest
+LAGS = (1, 3)  # steps between which it shows
+BLUNT = 1.05  # how much less exact a middle is than a mean
+LEAST_S = 1e-6  # of own time
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """When slow is too slow: `ratio` of the medians over a window of steps, in `agree` of its steps, costing `impact` of
+    """When slow is too slow: `ratio` of the middles over a window of steps, in `agree` of its steps, costing `impact` of
     the step, and `sigmas` standard errors away. The longest window also finds `drift`."""
 
-    windows: tuple[int, ...] = (6, 12, 24)
+    windows: tuple[int, ...] = (6, 7, 8, 9, 10, 12, 16, 24)
     ratio: float = 1.18
     drift: float = 1.08
     agree: float = 0.8
     impact: float = 0.04
-    sigmas: float = 4.5
+    sigmas: float = 4.0
     least_s: float = 0.001
 
     @property
@@ -53,15 +62,16 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One rank over a window: seconds of own time, of its reference, and of its step; the share of steps over it, and the
-    standard error of the logarithm of the ratio."""
+    """One rank over a window: seconds of own time, of its reference, and of its step; the share of steps over it; whom it was
+    compared with, and by how much less than in one step noise shows in the ratio."""
 
     rank: int
     own_s: float
     reference_s: float
     step_s: float
     agree: float
-    error: float
+    others: tuple[int, ...]
+    blur: float
     against: str
 
     @property
@@ -79,47 +89,83 @@ def judge_stragglers(
     of a time when all was well.
     """
     rule = rule or Rule()
-    noise = {rank: noise_of(by_step) for rank, by_step in spans.items()}
+    levels, noise = levels or {}, Noise(spans, levels or {})
     general: list[Verdict] = []
+    suspected = False
     for window in rule.windows:
         steps = window_steps(spans, window)
         if not steps:
             break
+        if not suspected and window not in (rule.windows[0], rule.windows[-1]):
+            continue  # a longer window makes sure of what the newest steps show
         seen = {rank: newest(by_step, steps, window) for rank, by_step in spans.items()}
-        slow = _slow(seen, topology, levels or {}, noise, rule, rule.least(window))
+        peers, past = _measures(seen, topology, levels, rule.least(window))
+        slow = _slow(peers, past, topology, noise, rule, rule.least(window))
         if slow:
             return _by_node(slow, steps, topology)
-        general = general or _everybody(seen, steps, levels or {}, rule) or _wandering(spans, steps, topology, rule)
+        suspected = suspected or any(m.ratio >= rule.ratio for m in (*peers.values(), *past.values()))
+        general = general or _everybody(seen, steps, levels, rule) or _wandering(spans, steps, topology, rule)
     return general
 
 
-def noise_of(by_step: Mapping[int, StepSpan], *, last: int = 40) -> float:
-    """The spread of a rank's own time from step to step, as a standard deviation of its logarithm; a new level is none."""
-    logs = [math.log(max(span.own_s, 1e-6)) for _, span in sorted(by_step.items())[-last:]]
-    if len(logs) < 3:
-        return 1.0
-    return 1.4826 * statistics.median(abs(b - a) for a, b in pairwise(logs)) / math.sqrt(2)
+class Noise:
+    """How far a rank and the middle one of others are apart from step to step; learnt from all steps, when first asked for."""
+
+    def __init__(self, spans: Spans, levels: Mapping[int, float]) -> None:
+        self._spans, self._levels = spans, levels
+        self._logs: dict[int, dict[int, float]] = {}
+        self._known: dict[tuple[int, tuple[int, ...]], float] = {}
+
+    def between(self, rank: int, others: tuple[int, ...]) -> float:
+        """The standard deviation of the logarithm of one step's ratio."""
+        if (rank, others) not in self._known:
+            mine, theirs = self._of(rank), [self._of(other) for other in others]
+            alone = statistics.median(wobble(list(series.values())) for series in theirs)
+            both = [(at, [o[step] for o in theirs if step in o]) for step, at in mine.items()]
+            apart = wobble([at - statistics.median(there) for at, there in both if there])
+            self._known[rank, others] = max(apart, math.hypot(wobble(list(mine.values())), alone))
+        return self._known[rank, others]
+
+    def _of(self, rank: int) -> dict[int, float]:
+        if rank not in self._logs:
+            by_step, level_s = self._spans[rank], self._levels.get(rank) or 1.0
+            newest_steps = sorted(by_step)[-NOISE_STEPS:]
+            self._logs[rank] = {step: math.log(max(by_step[step].own_s, LEAST_S) / level_s) for step in newest_steps}
+        return self._logs[rank]
+
+
+def wobble(logs: Sequence[float]) -> float:
+    """The spread of a series from step to step, as a standard deviation; a new level is none. 1.0 while it is too short."""
+    moved = [[abs(b - a) for a, b in zip(logs, logs[lag:], strict=False)] for lag in LAGS]
+    return max(1.4826 * statistics.median(m) / math.sqrt(2) if len(m) > 1 else 1.0 for m in moved)
+
+
+def _measures(
+    seen: Spans, topology: Topology, levels: Mapping[int, float], least: float
+) -> tuple[dict[int, Measure], dict[int, Measure]]:
+    """Each rank beside its peers, and beside its own past, where there is something to compare it with."""
+    middles = {rank: middle_s(mine) for rank, mine in seen.items() if mine}
+    peers = {rank: m for rank in seen if (m := against_peers(rank, seen, middles, topology, least))}
+    past = {rank: m for rank in seen if (m := against_past(rank, seen, middles, levels, least))}
+    return peers, past
 
 
 def _slow(
-    seen: Spans,
-    topology: Topology,
-    levels: Mapping[int, float],
-    noise: Mapping[int, float],
-    rule: Rule,
-    least: float,
+    peers: Mapping[int, Measure], past: Mapping[int, Measure], topology: Topology, noise: Noise, rule: Rule, least: float
 ) -> dict[int, Measure]:
     """The ranks that are too slow. What is little must show against peers, where there are any, and past alike."""
-    peers = {rank: m for rank in seen if (m := against_peers(rank, seen, topology, noise, least))}
-    past = {rank: m for rank in seen if (m := against_past(rank, seen, levels, noise, least))}
-    by_peers = {r for r, m in peers.items() if _too_slow(m, rule, least)}
-    by_past = {
-        r for r, m in past.items() if _too_slow(m, rule, least) and _not_the_work(r, past, topology, rule, least)
-    }
+    by_peers = {r for r, m in peers.items() if _too_slow(m, noise, rule, least)}
+    over_past = {r for r, m in past.items() if _too_slow(m, noise, rule, least)}
+    by_past = {r for r in over_past if _not_the_work(r, over_past, topology)}
     if least < rule.ratio:
         found = {r for r in by_past if r in by_peers or r not in peers}
         return {r: past[r] for r in found}
     return {r: peers[r] if r in by_peers else past[r] for r in by_peers | by_past}
+
+
+def middle_s(mine: Mapping[int, StepSpan]) -> float:
+    """The middle of a rank's own times: the median of the means of all pairs of them."""
+    return statistics.median((a + b) / 2 for a, b in combinations_with_replacement([s.own_s for s in mine.values()], 2))
 
 
 def last_step(spans: Spans) -> int:
@@ -145,22 +191,23 @@ def newest(by_step: Mapping[int, StepSpan], steps: Sequence[int], window: int) -
 
 
 def against_peers(
-    rank: int, seen: Spans, topology: Topology, noise: Mapping[int, float], least: float
+    rank: int, seen: Spans, middles: Mapping[int, float], topology: Topology, least: float
 ) -> Measure | None:
     """A rank beside those who do the same work. None if it has no peers or too little is known."""
-    others = [peer for peer in topology.peers(rank) if seen.get(peer)]
+    others = tuple(peer for peer in topology.peers(rank) if seen.get(peer))
     if not seen[rank] or not others:
         return None
-    reference = statistics.median_low([_own_s(seen[peer]) for peer in others])
+    reference = statistics.median_low([middles[peer] for peer in others])
     each = {}
     for step in seen[rank]:
         at_step = [seen[p][step].own_s for p in others if step in seen[p]]
         each[step] = statistics.median_low(at_step) if at_step else reference
-    return _measure(rank, reference, each, seen[rank], _error(rank, others, seen, noise), least, "its peers")
+    blur = BLUNT / math.sqrt(len(seen[rank]))
+    return _measure(rank, middles[rank], reference, each, seen[rank], others, blur, least, "its peers")
 
 
 def against_past(
-    rank: int, seen: Spans, levels: Mapping[int, float], noise: Mapping[int, float], least: float
+    rank: int, seen: Spans, middles: Mapping[int, float], levels: Mapping[int, float], least: float
 ) -> Measure | None:
     """A rank beside its own past, corrected by how everybody changed. None where the past is not known."""
     known = [r for r in seen if levels.get(r, 0) > 0 and seen[r]]
@@ -170,10 +217,10 @@ def against_past(
     for step in seen[rank]:
         changes = [seen[r][step].own_s / levels[r] for r in known if step in seen[r]]
         each[step] = levels[rank] * statistics.median_low(changes)
-    everybody = statistics.median_low([_own_s(seen[r]) / levels[r] for r in known])
-    error = _error(rank, [r for r in known if r != rank], seen, noise)
-    error *= math.sqrt(1 + len(seen[rank]) / LEARNT_STEPS)  # the level is a median, too
-    return _measure(rank, levels[rank] * everybody, each, seen[rank], error, least, "its own past")
+    reference = levels[rank] * statistics.median_low([middles[r] / levels[r] for r in known])
+    blur = BLUNT * math.sqrt(1 / len(seen[rank]) + 1 / LEARNT_STEPS)  # the level is a middle, too
+    others = tuple(r for r in known if r != rank)
+    return _measure(rank, middles[rank], reference, each, seen[rank], others, blur, least, "its own past")
 
 
 def waits_caused(meetings: Iterable[Meeting]) -> dict[int, tuple[float, float]]:
@@ -195,41 +242,32 @@ def waits_caused(meetings: Iterable[Meeting]) -> dict[int, tuple[float, float]]:
 
 def _measure(
     rank: int,
+    middle: float,
     reference: float,
     each: Mapping[int, float],
     mine: Mapping[int, StepSpan],
-    error: float,
+    others: tuple[int, ...],
+    blur: float,
     least: float,
     against: str,
 ) -> Measure:
     half = 1 + (least - 1) / 2
     over = [mine[step].own_s > half * usual for step, usual in each.items()]
     step_s = statistics.median(span.duration_s for span in mine.values())
-    return Measure(rank, _own_s(mine), reference, step_s, sum(over) / len(over), error, against)
+    return Measure(rank, middle, reference, step_s, sum(over) / len(over), others, blur, against)
 
 
-def _error(rank: int, others: Sequence[int], seen: Spans, noise: Mapping[int, float]) -> float:
-    """Standard error of the difference of two medians of logarithms, the other one being the middle rank of several."""
-    theirs = statistics.median(noise[r] for r in others)
-    return 1.25 * math.hypot(noise[rank], theirs) / math.sqrt(len(seen[rank]))
-
-
-def _own_s(mine: Mapping[int, StepSpan]) -> float:
-    return statistics.median(span.own_s for span in mine.values())
-
-
-def _too_slow(m: Measure, rule: Rule, least: float) -> bool:
+def _too_slow(m: Measure, noise: Noise, rule: Rule, least: float) -> bool:
     extra = m.own_s - m.reference_s
     if m.ratio < least or m.agree < rule.agree or extra < max(rule.impact * m.step_s, rule.least_s):
         return False
-    return math.log(m.ratio) >= rule.sigmas * m.error
+    return math.log(m.ratio) >= rule.sigmas * m.blur * noise.between(m.rank, m.others)
 
 
-def _not_the_work(rank: int, past: Mapping[int, Measure], topology: Topology, rule: Rule, least: float) -> bool:
+def _not_the_work(rank: int, slower: Collection[int], topology: Topology) -> bool:
     """False where a stage that spans machines got slower as a whole: then its work changed, not a machine."""
     stage = (rank, *topology.peers(rank))
-    slower = [r for r in stage if r in past and _too_slow(past[r], rule, least)]
-    return len(slower) < len(stage) or len(topology.on(stage)) == 1
+    return any(r not in slower for r in stage) or len(topology.on(stage)) == 1
 
 
 def _by_node(slow: Mapping[int, Measure], steps: Sequence[int], topology: Topology) -> list[Verdict]:
@@ -255,7 +293,7 @@ def _by_node(slow: Mapping[int, Measure], steps: Sequence[int], topology: Topolo
 
 
 def _everybody(seen: Spans, steps: Sequence[int], levels: Mapping[int, float], rule: Rule) -> list[Verdict]:
-    known = [(_own_s(mine), levels[r]) for r, mine in seen.items() if levels.get(r, 0) > 0 and mine]
+    known = [(middle_s(mine), levels[r]) for r, mine in seen.items() if levels.get(r, 0) > 0 and mine]
     if len(known) < 2:
         return []
     ratio = statistics.median_low([own / level for own, level in known])
