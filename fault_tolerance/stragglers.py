@@ -4,14 +4,11 @@
 
     peers    the other ranks of its pipeline stage do the same work       2.0x of its peers:       blamed
     past     its own level before, against everybody's                    2.0x, everybody 2.0x:    nobody is blamed
+             and peers elsewhere need less                                as long as its peers:    nobody waits for it
 
 A victim waits, so its own time does not grow, however long the chain from the culprit to it; a pipeline's bubble is a
 wait as well; and a stage with more layers is compared with itself. Middles over a window of steps, most steps of it must
 agree, and the difference must stand far out of the noise: where it does not, a window one step longer may be sure.
-
-    noise    of the rank and of the others, each from step to step, or of what is between them, whichever is more: ranks
-             that share a core win what the other loses; and from a step to the third after it, as it may not be drawn
-             anew in each
 
 Rule of this file: pure. Source: C4 (non-communication slow) and GREYHOUND, turned from clocks to waits; the middle of a window is
 that of Hodges and Lehmann (1963), nearly as exact as a mean and nearly as hard to mislead as a median.
@@ -24,17 +21,14 @@ import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 
 from fault_tolerance.timeline import Meeting, StepSpan
 from fault_tolerance.verdict import Kind, Topology, Verdict
 
 Spans = Mapping[int, Mapping[int, StepSpan]]  # by rank and step
 LEARNT_STEPS = 8  # that a level is the median of
-NOISE_STEPS = 40  # that noise is learnt from, the newest
-LAGS = (1, 3)  # steps between which it shows
 BLUNT = 1.05  # how much less exact a middle is than a mean
-LEAST_S = 1e-6  # of own time
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +41,7 @@ class Rule:
     drift: float = 1.08
     agree: float = 0.8
     impact: float = 0.04
-    sigmas: float = 4.0
+    sigmas: float = 5.0
     least_s: float = 0.001
 
     @property
@@ -89,7 +83,7 @@ def judge_stragglers(
     of a time when all was well.
     """
     rule = rule or Rule()
-    levels, noise = levels or {}, Noise(spans, levels or {})
+    levels, noise = levels or {}, Noise(spans)
     general: list[Verdict] = []
     suspected = False
     for window in rule.windows:
@@ -109,35 +103,28 @@ def judge_stragglers(
 
 
 class Noise:
-    """How far a rank and the middle one of others are apart from step to step; learnt from all steps, when first asked for."""
+    """The spread of each rank's own time from step to step, as a standard deviation of its logarithm; learnt when first asked for."""
 
-    def __init__(self, spans: Spans, levels: Mapping[int, float]) -> None:
-        self._spans, self._levels = spans, levels
-        self._logs: dict[int, dict[int, float]] = {}
-        self._known: dict[tuple[int, tuple[int, ...]], float] = {}
+    def __init__(self, spans: Spans) -> None:
+        self._spans = spans
+        self._known: dict[int, float] = {}
 
-    def between(self, rank: int, others: tuple[int, ...]) -> float:
-        """The standard deviation of the logarithm of one step's ratio."""
-        if (rank, others) not in self._known:
-            mine, theirs = self._of(rank), [self._of(other) for other in others]
-            alone = statistics.median(wobble(list(series.values())) for series in theirs)
-            both = [(at, [o[step] for o in theirs if step in o]) for step, at in mine.items()]
-            apart = wobble([at - statistics.median(there) for at, there in both if there])
-            self._known[rank, others] = max(apart, math.hypot(wobble(list(mine.values())), alone))
-        return self._known[rank, others]
+    def between(self, rank: int, others: Iterable[int]) -> float:
+        """That of the difference to the middle one of others."""
+        return math.hypot(self._of(rank), statistics.median(self._of(other) for other in others))
 
-    def _of(self, rank: int) -> dict[int, float]:
-        if rank not in self._logs:
-            by_step, level_s = self._spans[rank], self._levels.get(rank) or 1.0
-            newest_steps = sorted(by_step)[-NOISE_STEPS:]
-            self._logs[rank] = {step: math.log(max(by_step[step].own_s, LEAST_S) / level_s) for step in newest_steps}
-        return self._logs[rank]
+    def _of(self, rank: int) -> float:
+        if rank not in self._known:
+            self._known[rank] = noise_of(self._spans[rank])
+        return self._known[rank]
 
 
-def wobble(logs: Sequence[float]) -> float:
-    """The spread of a series from step to step, as a standard deviation; a new level is none. 1.0 while it is too short."""
-    moved = [[abs(b - a) for a, b in zip(logs, logs[lag:], strict=False)] for lag in LAGS]
-    return max(1.4826 * statistics.median(m) / math.sqrt(2) if len(m) > 1 else 1.0 for m in moved)
+def noise_of(by_step: Mapping[int, StepSpan], *, last: int = 40) -> float:
+    """Between neighbouring steps, so that a new level is none."""
+    logs = [math.log(max(span.own_s, 1e-6)) for _, span in sorted(by_step.items())[-last:]]
+    if len(logs) < 3:
+        return 1.0
+    return 1.4826 * statistics.median(abs(b - a) for a, b in pairwise(logs)) / math.sqrt(2)
 
 
 def _measures(
@@ -156,7 +143,7 @@ def _slow(
     """The ranks that are too slow. What is little must show against peers, where there are any, and past alike."""
     by_peers = {r for r, m in peers.items() if _too_slow(m, noise, rule, least)}
     over_past = {r for r, m in past.items() if _too_slow(m, noise, rule, least)}
-    by_past = {r for r in over_past if _not_the_work(r, over_past, topology)}
+    by_past = {r for r in over_past if _not_the_work(r, over_past, topology) and _keeps_waiting(r, peers, topology, least)}
     if least < rule.ratio:
         found = {r for r in by_past if r in by_peers or r not in peers}
         return {r: past[r] for r in found}
@@ -251,8 +238,7 @@ def _measure(
     least: float,
     against: str,
 ) -> Measure:
-    half = 1 + (least - 1) / 2
-    over = [mine[step].own_s > half * usual for step, usual in each.items()]
+    over = [mine[step].own_s > half(least) * usual for step, usual in each.items()]
     step_s = statistics.median(span.duration_s for span in mine.values())
     return Measure(rank, middle, reference, step_s, sum(over) / len(over), others, blur, against)
 
@@ -268,6 +254,17 @@ def _not_the_work(rank: int, slower: Collection[int], topology: Topology) -> boo
     """False where a stage that spans machines got slower as a whole: then its work changed, not a machine."""
     stage = (rank, *topology.peers(rank))
     return any(r not in slower for r in stage) or len(topology.on(stage)) == 1
+
+
+def _keeps_waiting(rank: int, peers: Mapping[int, Measure], topology: Topology, least: float) -> bool:
+    """False where peers on other machines need about as long: nobody waits for it, and its past may have been learnt in a good moment."""
+    elsewhere = any(topology.nodes[peer] != topology.nodes[rank] for peer in topology.peers(rank))
+    return not elsewhere or rank not in peers or peers[rank].ratio > half(least)
+
+
+def half(least: float) -> float:
+    """Half of the way to the ratio that counts."""
+    return 1 + (least - 1) / 2
 
 
 def _by_node(slow: Mapping[int, Measure], steps: Sequence[int], topology: Topology) -> list[Verdict]:
