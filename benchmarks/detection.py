@@ -32,6 +32,7 @@ from benchmarks.hosts import Hosts, why_not
 from fault_tolerance.detector import Detector
 from fault_tolerance.pairtest import judge_ways
 from fault_tolerance.verdict import NAMES_NOBODY, Kind, Topology, Verdict
+from framework import run_dir
 from parallel.layout import Layout
 
 KINDS = ("straggler", "sigstop", "gil", "skipped", "killed", "slow_link")
@@ -216,9 +217,7 @@ eight ranks fit on few cores; hangs have the detector's own floor of 5 s, which 
 
 def _outcomes(path: Path | None) -> list[Outcome]:
     """What an earlier call has left in its file."""
-    if path is None or not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = run_dir.Tail(path).new() if path is not None else []
     return [Outcome(**{**r, "injection": Injection(**r["injection"]), "ranks": tuple(r["ranks"])}) for r in rows]
 
 
