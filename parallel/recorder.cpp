@@ -15,6 +15,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/extension.h>
+#include <torch/version.h>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -38,6 +39,14 @@ using c10d::Backend;
 using c10d::OpType;
 using c10d::Work;
 using Tensors = std::vector<at::Tensor>;
+
+// The oldest torch that this was compiled with is 2.11, which has fewer operations.
+#define HOLDFAST_NEW_C10D (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13)
+#if HOLDFAST_NEW_C10D
+constexpr OpType kScatterCoalesced = OpType::REDUCE_SCATTER_TENSOR_COALESCED;
+#else
+constexpr OpType kScatterCoalesced = OpType::_REDUCE_SCATTER_BASE;
+#endif
 
 enum State : uint8_t { CALLED = 0, DONE = 1, FAILED = 2, ABORTED = 3 };
 constexpr uint8_t kMark = 200;          // a line in the ring that is no operation: the trainer's step and phase
@@ -525,7 +534,7 @@ class RecordingBackend : public Backend {
   }
   intrusive_ptr<Work> reduce_scatter_tensor_coalesced(
       Tensors& out, Tensors& in, const c10d::ReduceScatterOptions& o) override {
-    const What w = what(OpType::REDUCE_SCATTER_TENSOR_COALESCED, in, true);
+    const What w = what(kScatterCoalesced, in, true);
     if (gloo_ && !in.empty() && in.front().is_cpu()) return summed_scatter(w, out, in, o);
     return run(w, in, [&] { return inner_->reduce_scatter_tensor_coalesced(out, in, o); });
   }
@@ -611,9 +620,11 @@ class RecordingBackend : public Backend {
   std::shared_ptr<c10::Allocator> getMemAllocator() override { return inner_->getMemAllocator(); }
   at::Tensor allocateTensor(long size, at::TensorOptions o) override { return inner_->allocateTensor(size, o); }
   bool supportsTensorAlloc(c10::DeviceIndex device) override { return inner_->supportsTensorAlloc(device); }
+#if HOLDFAST_NEW_C10D
   void suspend() override { inner_->suspend(); }
   void resume() override { inner_->resume(); }
   std::unordered_map<std::string, uint64_t> getMemoryStats() override { return inner_->getMemoryStats(); }
+#endif
   // The process group also holds the inner backend and calls its abort() and shutdown() itself.
   void abort() override { gate_->close(); }
   void shutdown() override {}

@@ -28,8 +28,9 @@ def test_what_arrives_has_the_bits_that_were_there(dtype, pinned):
     whole = (torch.randn(300, 500) * 100).to(dtype).cuda()
     copy = DeviceCopy(BUFFER)
     copy.begin([whole])
+    kept = []  # what is pinned is unpinned by `close`, and must be there until then
     for source in (whole, whole[7:11], whole[:, 3:9], whole[2, 3], whole[:0]):
-        memory = host(max(4096, source.numel() * source.element_size()))
+        kept.append(memory := host(max(4096, source.numel() * source.element_size())))
         assert not pinned or copy.pin(memory)
         carried = carrier(source)
         target = memory[: source.numel() * source.element_size()].view(f"u{source.element_size()}").reshape(source.shape)

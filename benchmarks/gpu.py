@@ -1,0 +1,265 @@
+"""One GPU: how fast models train on it, and what snapshots of them cost, coded over the vaults of four nodes.
+
+    speed       tokens per second and model FLOPs utilisation, bf16, with and without `layout.compile`
+    snapshots   steps without any; with ours, straight into memory that is pinned, and through buffers; with torch's async_save
+                "stall" is what a step waits, "slowed" what the steps meanwhile take longer, until the snapshot is safe
+
+One process trains, as a rank does; the vaults are processes of their own on the same machine. The others' way writes into a tmpfs.
+
+    python -m benchmarks.gpu [--speed 100m 1b] [--snapshots 400m] [--compile] [--rounds 3]
+
+It writes `benchmarks/results/gpu.json` and `.md`; what is not measured keeps its last figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+
+from benchmarks.snapshot import _vault
+from fault_tolerance.device_copy import DeviceCopy
+from fault_tolerance.placement import plan_groups
+from fault_tolerance.snapshot import COPY_BYTES, Snapshotter
+from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.vault_client import VaultClient
+from framework.initial import InitialWeights
+from framework.model import Decoder, flops_per_token, num_params
+from framework.peak import peak_flops
+from parallel.assemble import meta
+from parallel.checks import Wrapping
+from parallel.engine import EngineOptions, FsdpEngine
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+NODES = ("n0", "n1", "n2", "n3")
+VOCAB = 50304
+WARM, STEPS, LEAST = 4, 15, 6
+SHAPES = {"400m": {"num_layers": 24, "dim": 1024, "num_heads": 16, "num_kv_heads": 16, "ffn_dim": 2816}}
+BATCHES = {"20m": (32, 512), "100m": (32, 1024), "125m": (32, 1024), "400m": (16, 1024), "tiny": (2, 64), "1b": (8, 1024)}
+
+
+def main() -> None:
+    """Measure and write."""
+    options = _options()
+    file = options.out / "gpu.json"
+    report = json.loads(file.read_text()) if file.exists() else {"speed": {}, "snapshots": {}}
+    report["machine"] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "cores": os.cpu_count()}
+    store = dist.HashStore()
+    mesh = Mesh.connect(store, rank=0, layout=Layout(), generation=1, device=options.device, timeout_s=60)
+    options.out.mkdir(exist_ok=True, parents=True)
+
+    def keep() -> None:
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "gpu.md").write_text(_markdown(report))
+
+    for preset in options.speed:
+        for compile in (False, True)[: 1 + options.compile]:
+            report["speed"][f"{preset}{' compiled' if compile else ''}"] = found = _speed(preset, mesh, compile=compile)
+            print(preset, found, flush=True)
+            keep()
+    for preset in options.snapshots:
+        report["snapshots"][preset] = _snapshots(preset, mesh, options.rounds)
+        keep()
+    print(_markdown(report))
+    os._exit(0)  # the threads of async_save would hold the process
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speed", nargs="*", default=["100m", "400m", "1b"])
+    parser.add_argument("--snapshots", nargs="*", default=["400m"])
+    parser.add_argument("--compile", action="store_true", help="speed with layout.compile, too")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+class Bench:
+    """An engine of one rank and its batches."""
+
+    def __init__(self, preset: str, mesh: Mesh, *, compile: bool = False) -> None:
+        file = ROOT / "configs" / "model" / f"{preset}.yaml"
+        values = SHAPES[preset] if preset in SHAPES else yaml.safe_load(file.read_text())
+        self.model = {key: value for key, value in values.items() if not key.startswith("_")} | {"vocab_size": VOCAB}
+        self.batch, self.seq_len = BATCHES[preset]
+        build = lambda: Decoder(**self.model)  # noqa: E731
+        wrapping = Wrapping(precision="bf16", compile=compile)
+        self.engine = FsdpEngine(build, mesh=mesh, options=EngineOptions(wrapping=wrapping))
+        self.engine.initialise(InitialWeights(meta(build), seed=0))
+        self.params, self.flops = num_params(meta(build)), flops_per_token(meta(build), seq_len=self.seq_len)
+        self.mesh, self.step = mesh, 0
+
+    def one(self, *, begin: Callable[[int], None] = lambda step: None, gate: Callable[[], None] = lambda: None) -> tuple[float, float]:
+        """A step as a trainer takes it: (its seconds, the seconds of it that it waited)."""
+        began = time.perf_counter()
+        begin(self.step)
+        waited = time.perf_counter() - began
+        tokens = torch.randint(0, VOCAB, (self.batch, self.seq_len + 1))
+        loss = self.engine.forward_backward(tokens[:, :-1], tokens[:, 1:], num_tokens=self.batch * self.seq_len)
+        self.mesh.sum(torch.stack([loss.double(), self.engine.grad_square_sum().double()])).tolist()
+        at = time.perf_counter()
+        gate()
+        waited += time.perf_counter() - at
+        self.step += 1
+        self.engine.update(step=self.step, lr=1e-4, grad_scale=1.0)
+        return time.perf_counter() - began, waited
+
+
+def _speed(preset: str, mesh: Mesh, *, compile: bool) -> dict[str, Any]:
+    bench = Bench(preset, mesh, compile=compile)
+    began = time.perf_counter()
+    bench.one()
+    first = time.perf_counter() - began
+    for _ in range(WARM):
+        bench.one()
+    seconds = statistics.median(bench.one()[0] for _ in range(STEPS))
+    tokens = bench.batch * bench.seq_len
+    found = {
+        "params": bench.params, "batch": bench.batch, "seq_len": bench.seq_len, "step_s": seconds, "tokens_per_s": tokens / seconds,
+        "mfu": bench.flops * tokens / seconds / peak_flops(mesh.device.type, precision="bf16"), "first_step_s": first,
+        "memory_bytes": torch.cuda.max_memory_allocated() if mesh.device.type == "cuda" else 0,
+    }  # fmt: skip
+    bench.engine.close()
+    return found
+
+
+def _snapshots(preset: str, mesh: Mesh, rounds: int) -> dict[str, Any]:
+    """A round: steps without any, then each way in turn, one snapshot each, every one followed to its end."""
+    bench = Bench(preset, mesh)
+    run, secret = "bench" + secrets.token_hex(4), secrets.token_bytes(16)
+    vaults = [_vault(node, run, secret) for node in NODES]
+    rows: list[dict[str, Any]] = []
+    try:
+        addresses = {node: json.loads(vault.stdout.readline())["address"] for node, vault in zip(NODES, vaults, strict=True)}  # type: ignore[union-attr]
+        clients = [VaultClient(address, run=run, secret=secret) for address in addresses.values()]
+        for generation, pinned in ((1, True), (2, False)):
+            plan = SnapshotPlan(
+                run=run, generation=generation, atlas=bench.engine.atlas, seats=NODES[:1], addresses=addresses, chunk_bytes=4 << 20,
+                groups=plan_groups(dict.fromkeys(NODES), tolerate=1, group_size=len(NODES)),
+            )  # fmt: skip
+            for client in clients:
+                client.open(plan, timeout_s=120.0)
+            name = "holdfast" if pinned else "holdfast, through buffers"
+            rows += _ours(bench, plan, secret, name, pinned=pinned, rounds=rounds)
+        seconds = [e for e in clients[0].watch(0) if e["kind"] == "snapshot" and e["state"] == "protected"]
+    finally:
+        for vault in vaults:
+            vault.stdin.close()  # type: ignore[union-attr]
+            vault.wait(30)
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="bench-") as folder:
+        try:
+            rows += _theirs(bench, folder, rounds=rounds)
+        except Exception:  # what was measured of ours stands
+            traceback.print_exc()
+    state = sum(tensor.nbytes for tensor in bench.engine.state().values())
+    found = {"params": bench.params, "state_bytes": state, "tokens": bench.batch * bench.seq_len, "rows": rows, "vault": seconds[-1] if seconds else {}}
+    bench.engine.close()
+    return found
+
+
+def _ours(bench: Bench, plan: SnapshotPlan, secret: bytes, name: str, *, pinned: bool, rounds: int) -> list[dict[str, Any]]:
+    snapshotter = Snapshotter(plan, rank=0, secret=secret)
+    if not pinned:
+        snapshotter._devices = DeviceCopy(COPY_BYTES)
+        snapshotter._devices.pin = lambda memory: False  # type: ignore[method-assign]
+    rows = []
+
+    def begin(at: int) -> None:
+        snapshotter.begin(at, {"step": at}, bench.engine.state())
+
+    for number in range(rounds + 2):  # the first two make memory known to the driver
+        bare = [bench.one()[0] for _ in range(LEAST)]
+        while not snapshotter.ready():
+            time.sleep(0.01)
+        began, step = time.perf_counter(), bench.step
+        first, stall = bench.one(begin=begin, gate=lambda: snapshotter.gate() and None)
+        times = [first]
+        while snapshotter.protected != step:
+            assert not snapshotter.failure, snapshotter.failure
+            times.append(bench.one()[0])
+        row = {"way": name, "bare_s": statistics.median(bare), "stall_s": stall, "copy_s": snapshotter.copy_s, "times": times, "safe_s": time.perf_counter() - began}
+        if number > 1:
+            rows.append(row)
+            print({key: value for key, value in row.items() if key != "times"}, len(times), "steps meanwhile", flush=True)
+    snapshotter.close()
+    return rows
+
+
+def _theirs(bench: Bench, folder: str, *, rounds: int) -> list[dict[str, Any]]:
+    """torch.distributed.checkpoint.async_save, with a stager that is used again and has its memory pinned."""
+    stager = DefaultStager(StagingOptions(True, False, True, True))
+    rows, pending = [], list[Any]()
+
+    def begin(_: int) -> None:
+        state = {piece.tensor: tensor for piece, tensor in bench.engine.state().items()}
+        pending.append(async_save(state, checkpoint_id=f"{folder}/save", async_stager=stager, no_dist=True))
+
+    def gate() -> None:
+        if isinstance(pending[-1], AsyncSaveResponse):
+            pending[-1].staging_completion.result()
+
+    for number in range(rounds + 1):
+        bare = [bench.one()[0] for _ in range(LEAST)]
+        began = time.perf_counter()
+        first, stall = bench.one(begin=begin, gate=gate)
+        times, done = [first], pending[-1].upload_completion if isinstance(pending[-1], AsyncSaveResponse) else pending[-1]
+        while not done.done():
+            times.append(bench.one()[0])
+        done.result()
+        row = {"way": "async_save", "bare_s": statistics.median(bare), "stall_s": stall, "copy_s": None, "times": times, "safe_s": time.perf_counter() - began}
+        if number:
+            rows.append(row)
+            print({key: value for key, value in row.items() if key != "times"}, len(times), "steps meanwhile", flush=True)
+    return rows
+
+
+def _markdown(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    lines = [
+        "# One GPU", "", f"{machine['card']}, {machine['cores']} cores, torch {machine['torch']}, one rank, bf16 with fp32 state (`python -m benchmarks.gpu`).", "",
+        "| model | parameters | batch | step, ms | tokens/s | MFU | memory, GB | first step, s |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name, f in report["speed"].items():
+        lines.append(
+            f"| {name} | {f['params'] / 1e6:.0f} M | {f['batch']} x {f['seq_len']} | {f['step_s'] * 1e3:.0f} | {f['tokens_per_s']:,.0f} "
+            f"| {f['mfu']:.1%} | {f['memory_bytes'] / 1e9:.1f} | {f['first_step_s']:.1f} |"
+        )
+    for preset, found in report["snapshots"].items():
+        lines += [
+            "", f"## A snapshot of {preset}: {found['params'] / 1e6:.0f} M parameters, {found['state_bytes'] / 1e9:.2f} GB of state", "",
+            "Ours is protected against the loss of a node, by parity over four vaults on the same machine; async_save writes into a tmpfs. Medians.", "",
+            "| way | a step without, ms | stall, ms | stall, % of a step | copy, GB/s | steps meanwhile are slower by | safe after, s |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]  # fmt: skip
+        lines += [_row(way, [row for row in found["rows"] if row["way"] == way], found["state_bytes"]) for way in dict.fromkeys(r["way"] for r in found["rows"])]
+    return "\n".join(lines) + "\n"
+
+
+def _row(way: str, rows: list[dict[str, Any]], state: int) -> str:
+    bare, stall, safe = (statistics.median(row[key] for row in rows) for key in ("bare_s", "stall_s", "safe_s"))
+    slower = statistics.median((sum(row["times"]) - row["stall_s"]) / len(row["times"]) / row["bare_s"] - 1 for row in rows)
+    copies = [state / row["copy_s"] / 1e9 for row in rows if row["copy_s"]]
+    copy = f"{statistics.median(copies):.1f}" if copies else "-"
+    return f"| {way} | {bare * 1e3:.1f} | {stall * 1e3:.1f} | {stall / bare:.1%} | {copy} | {slower:.0%} | {safe:.2f} |"
+
+
+if __name__ == "__main__":
+    main()
