@@ -41,7 +41,7 @@ class Rule:
     drift: float = 1.08
     agree: float = 0.8
     impact: float = 0.04
-    sigmas: float = 5.3
+    sigmas: float = 5.6
     least_s: float = 0.001
 
     @property

@@ -4,7 +4,7 @@
 
 A thread of its own, so that a node that does not answer never holds the controller up. While all is well it looks every other
 step, while somebody is suspected of being slow after each; as soon as somebody stands still, is stopped or is under a verdict, twice a second. It spends at most a fiftieth of its
-time: where judging takes long, it looks more rarely.
+time, and a tenth while somebody is suspected: where judging takes long, it looks more rarely.
 
 Rule of this file: it looks and remembers. What follows from a verdict is decided in `response.py`.
 """
@@ -26,10 +26,11 @@ from framework.config import DetectConfig
 from framework.plan import Plan
 
 LOOK_S, CALM_S = 0.5, 2.0  # the shortest and the longest pause
-LOOK_STEPS = 2.0  # a straggler is named within ten, six of which are the window that names it
+LOOK_STEPS = 2.0  # a straggler is named within ten, six to eight of which are the window that names it
 ANSWER_S = 2.0
 LEND_S = 10.0
 SHARE = 0.02  # of the time, at most
+SUSPECTS_SHARE = 0.1  # while somebody is suspected of being slow, which does not last
 
 
 def settings_of(detect: DetectConfig) -> Settings:
@@ -69,12 +70,12 @@ def record_at_once(plan: Plan, agents: Mapping[str, Remote]) -> bool:
 def pause_s(step_s: float, spent_s: float, *, calm: bool, suspects: bool = False, look_s: float = LOOK_S) -> float:
     """Until the next look: by how long a step takes, whether there is anything to worry about, and what a look costs.
 
-    While somebody is suspected of being slow, every step counts.
+    While somebody is suspected of being slow, every step counts, and may cost more.
     """
     wanted = min(max(look_s, LOOK_STEPS * step_s), CALM_S) if calm else look_s
     if suspects and step_s > 0:
         wanted = min(wanted, step_s)
-    return max(wanted, spent_s / SHARE)
+    return max(wanted, spent_s / (SUSPECTS_SHARE if suspects else SHARE))
 
 
 class Sentinel:

@@ -92,7 +92,7 @@ def test_real_steps_on_busy_cores(at):
     found = named(own_s, run["layout"])
     assert [v.ranks for _, v in found] == ([(run["slow"],)] if run["slow"] is not None else [])
     if found:
-        assert 0 < found[0][0] - run["from_step"] + 1 <= 12
+        assert 0 < found[0][0] - run["from_step"] + 1 <= 14
 
 
 def test_the_middle_of_a_window_is_that_of_all_pairs_and_one_step_hardly_moves_it():
