@@ -61,11 +61,12 @@ def leaves(place: Path, mark: str, script: str) -> None:
     (place / script).write_text(f"open({str(place / mark)!r}, 'w')")
 
 
-def appears(path: Path) -> bool:
+def appears(path: Path, inside: str = "") -> bool:
+    """Whether a file, or something of that pattern inside a folder, is there within 20 seconds."""
     deadline = time.monotonic() + 20
-    while not path.exists() and time.monotonic() < deadline:
+    while not (found := any(path.glob(inside)) if inside else path.exists()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return path.exists()
+    return found
 
 
 def test_launchers_that_are_killed_at_any_moment_do_not_kill_the_zygote(place: Path) -> None:
@@ -115,11 +116,15 @@ def test_a_fork_that_dies_before_it_is_a_worker_is_asked_for_again(place: Path, 
     leaves(place, "lived", "worker.py")
     monkeypatch.setenv("HOLDFAST_NODE", "n1")
     (place / "book" / "n1").write_text("in the way of the folder that a fork writes its page into")
-    with subprocess.Popen(launch(place), stderr=subprocess.DEVNULL) as launcher:
-        time.sleep(0.5)
-        assert launcher.poll() is None and any((place / "book" / "exits").glob("[0-9]*")) and not (place / "lived").exists()
+    launcher = subprocess.Popen(launch(place), stderr=subprocess.DEVNULL)
+    try:
+        assert appears(place / "book" / "exits", "[0-9]*")
+        assert launcher.poll() is None and not (place / "lived").exists()
         (place / "book" / "n1").unlink()
         assert launcher.wait(20) == 0 and appears(place / "lived")
+    finally:  # it asks for ever: a try that failed must not wait for it
+        launcher.kill()
+        launcher.wait()
 
 
 def test_a_launcher_asks_again_until_a_worker_exists(tmp_path: Path) -> None:
