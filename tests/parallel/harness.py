@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -96,6 +97,7 @@ class Pool:
 
 def _serve(pipe: Connection, port: int) -> None:
     faulthandler.enable()
+    gc.freeze()  # as the product's zygote does: a mesh that closes has the collector look through what was made since, not through torch
     store = TCPStore("127.0.0.1", port, None, False, wait_for_workers=False)
     while True:
         try:

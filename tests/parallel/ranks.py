@@ -168,10 +168,11 @@ def _differences(engine: FsdpEngine, mesh: Mesh) -> list[str]:
     said = {p.tensor: (p.box.start, p.box.shape) for p in engine.atlas.held(mesh.rank)}
     kept = {piece.tensor: tuple(tensor.shape) for piece, tensor in engine.state().items()}
     found: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    cut = functools.cache(lambda shape, tp_dim: _cut_by_torch(shape, tp_dim, mesh))  # layers are alike
     for module in engine._stages.values():
         for name, parameter in module.named_parameters():
             spec = engine.atlas.by_name[f"param/{engine._aliases.get(name, name)}"]
-            start, shape = _cut_by_torch(spec.shape, spec.tp_dim, mesh)
+            start, shape = cut(spec.shape, spec.tp_dim)
             assert _local_shape(parameter) == shape, f"{name}: {_local_shape(parameter)} {shape}"
             if 0 not in shape:
                 found |= {f"{kind}/{spec.name.partition('/')[2]}": (start, shape) for kind in STATE_KINDS}

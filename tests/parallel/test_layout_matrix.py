@@ -1,8 +1,8 @@
 """Every layout loads what every other saved: the same logical bytes, and the same losses from there on.
 
 The model is chosen so that nothing divides: an odd vocabulary and width, tied embeddings, fewer key and value heads.
-Each layout trains, saves and goes on; each layout, with one engine, loads all of them in turn. HOLDFAST_WHOLE=1 compares
-ten losses after each load instead of two.
+Each layout trains, saves and goes on; each layout, with one engine, loads all of them in turn. The first two loads of
+an engine are followed by two losses, the others, which do the same to it, by one; HOLDFAST_WHOLE=1 compares ten after each load.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def test_a_layout_loads_what_all_others_saved(
     for i, (source, (_, digest, losses)) in enumerate(saved.items()):
         again = _commit(targets[i], [rank[i][0] for rank in ranks])
         assert again.state_sha256() == digest, f"{source} -> {target}"
-        assert ranks[0][i][1] == pytest.approx(losses, rel=1e-5), f"{source} -> {target}"
+        after = ranks[0][i][1]
+        assert after and after == pytest.approx(losses[: len(after)], rel=1e-5), f"{source} -> {target}"
 
 
 def _commit(directory: str, entries: list) -> Checkpoint:  # type: ignore[type-arg]
