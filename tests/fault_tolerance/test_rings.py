@@ -25,6 +25,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_ring_that_was_lent_tells_what_a_killed_process_did() -> None:
     try:
         load()

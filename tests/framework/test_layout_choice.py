@@ -94,6 +94,7 @@ def test_small_models_stay_small_and_large_ones_are_cut() -> None:
     assert chosen.layout.tp * chosen.layout.pp >= 8 and chosen.layout.tp <= 8, "tensor parallel inside a node"
 
 
+@pytest.mark.slow
 def test_four_thousand_workers_are_planned_in_seconds() -> None:
     began = time.process_time()
     chosen, _ = best(SEVENTY_B, num_workers=4096, method=Method(global_batch=1024, precision="bf16"), rates=GPU)

@@ -1,6 +1,7 @@
 """`holdfast checkpoint`: what it prints, what it leaves, and its exit codes."""
 
 import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -36,12 +37,20 @@ def _atlas(layout: str) -> Atlas:
     return Atlas(SPECS, Layout.parse(layout), "1f1b", 2)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run directory with checkpoints of steps 5, 10 and 15."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of steps 5, 10 and 15."""
+    place = tmp_path_factory.mktemp("saved")
     for step, layout in ((5, "1x1x1"), (10, "2x2x1"), (15, "1x2x2")):
         extra = {"layout": layout, "samples": step * 8, "val_loss": 5.0 - (step == 10), "config": CONFIG}
-        save(tmp_path / "checkpoints", _atlas(layout), STATE, step=step, extra=extra)
+        save(place, _atlas(layout), STATE, step=step, extra=extra)
+    return place
+
+
+@pytest.fixture
+def run(tmp_path: Path, saved: Path) -> Path:
+    """A run directory with these checkpoints, which the test may spoil."""
+    shutil.copytree(saved, tmp_path / "checkpoints")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"fault_tolerance": {"durable": {"dir": None}}}))
     return tmp_path
 

@@ -155,6 +155,7 @@ def test_a_hostile_working_directory_changes_nothing(words, tmp_path):
     assert "stranger" not in here.stdout + here.stderr
 
 
+@pytest.mark.slow
 def test_python_m_from_a_directory_with_foreign_configs_uses_ours(tmp_path):
     hostile(tmp_path)
     (tmp_path / "launch.py").unlink()  # `python -m launch.main` would be theirs by right
