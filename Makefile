@@ -9,6 +9,8 @@ EXTRAS ?= dev,hf,s3,tensorboard
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 RUN ?=
 TESTS ?=
+# Every test starts processes that import all of this: they compile it once, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help env train test test-fast lint bench clean
@@ -32,10 +34,10 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 train: $(STAMP)  ## train the default model: RUN='model=20m ...' overrides anything
 	$(BIN)/holdfast train $(RUN)
 
-test: $(STAMP)  ## all tests: TESTS=tests/parallel for some
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+test: $(STAMP)  ## all tests, in two lanes (tests/conftest.py): TESTS=tests/parallel for some
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(TESTS)
 
-test-fast: $(STAMP)  ## the quick tests, which start no cluster: a minute and a half
+test-fast: $(STAMP)  ## the quick tests, which start no cluster: about a minute on two idle cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not cluster" $(TESTS)
 
 lint: $(STAMP)  ## ruff and mypy

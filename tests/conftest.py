@@ -1,20 +1,75 @@
-"""The suite's own rules: quick tests first, and what starts a Ray cluster or takes long is marked.
+"""The suite's own rules: quick tests first, what starts a Ray cluster or takes long is marked, and who may run beside whom.
 
-pytest -m "not slow and not cluster"     what `make test-fast` runs: a minute and a half on two cores
+    pytest                                    one after the other
+    pytest -m "not slow and not cluster"      what `make test-fast` runs
+    pytest -n 2 --dist loadscope ...          what `make test` runs: two lanes
+
+Tests with a Ray cluster wait most of the time, and what they wait for has deadlines: one lane takes their files, one after the
+other. The other lane computes meanwhile, and gives way: at a lower priority it takes what the clusters leave of the processors.
 """
 
+from __future__ import annotations
+
+import functools
+import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+CLUSTERS = "clusters"  # the scope in which nothing runs beside anything
+GIVES_WAY = 10  # of `nice`: a tenth of the weight of a process of the other lane
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # who starts the tests in the background must not decide what they see
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order by cost, stable otherwise, so that a mistake shows in seconds."""
+class Lanes(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives out all files with clusters as one piece of work, and of the other files one function after the other."""
 
-    def cost(item: pytest.Item) -> int:
-        return 2 * (item.get_closest_marker("cluster") is not None) + (item.get_closest_marker("slow") is not None)
+    def _split_scope(self, nodeid: str) -> str:
+        return CLUSTERS if _has_clusters(self.config.rootpath / nodeid.partition("::")[0]) else nodeid.partition("[")[0]
 
-    items.sort(key=cost)
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes | None:
+    """Lanes where scopes are asked for; otherwise what xdist has."""
+    return Lanes(config, log) if config.option.dist == "loadscope" else None
+
+
+def pytest_configure_node(node: Any) -> None:
+    """A process that runs tests is told whether there are lanes."""
+    node.workerinput["lanes"] = node.config.option.dist == "loadscope"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order by cost, stable otherwise, so that a mistake shows in seconds. In lanes the clusters begin, beside the quick tests."""
+    items.sort(key=lambda item: 2 * _marked(item, "cluster") + _marked(item, "slow"))
+    if _in_lanes(config):
+        items.sort(key=lambda item: not _has_clusters(item.path))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """Whoever computes gives way from its first test on: all clusters are given out by then."""
+    if _in_lanes(item.config) and not _has_clusters(item.path):
+        _give_way()
+
+
+def _marked(item: pytest.Item, name: str) -> bool:
+    return item.get_closest_marker(name) is not None
+
+
+@functools.cache
+def _has_clusters(file: Path) -> bool:
+    return "pytest.mark.cluster" in file.read_text()
+
+
+def _in_lanes(config: pytest.Config) -> bool:
+    return bool(getattr(config, "workerinput", {}).get("lanes"))
+
+
+@functools.cache
+def _give_way() -> None:
+    os.nice(GIVES_WAY)
