@@ -387,26 +387,37 @@ class RecordedTransfer : public Work {
 };
 
 // On an accelerator nobody blocks in wait(): a thread looks at the streams. `wait_ns` is when this rank's stream reached
-// the operation, `end_ns` when the operation ended, both to the millisecond of the poll.
+// the operation, `end_ns` when the operation ended, both to the millisecond of the poll. NCCL gives no work for an operation
+// that its caller waits for: it is on the caller's own stream then, and has ended when what follows it there is reached.
 class Poller {
  public:
   static Poller& get() {
     static auto* poller = new Poller();
     return *poller;
   }
-  void add(intrusive_ptr<Work> work, std::shared_ptr<c10::Event> reached, Entry entry) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    pending_.push_back({std::move(work), std::move(reached), entry});
-    cv_.notify_one();
-  }
-
- private:
+  using Event = std::shared_ptr<c10::Event>;
   struct Pending {
-    intrusive_ptr<Work> work;
-    std::shared_ptr<c10::Event> reached;
+    intrusive_ptr<Work> work;  // or none, and `after` instead
+    Event reached, after;
+    std::shared_ptr<Gate> gate;
     Entry entry;
   };
 
+  void add(Pending pending) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    pending_.push_back(std::move(pending));
+    cv_.notify_one();
+  }
+  // What the caller's stream will have come to when it has done all that it has been given so far.
+  static Event here(const Tensors& t) {
+    if (t.empty() || t.front().is_cpu()) return nullptr;
+    const auto device = t.front().device();
+    auto event = std::make_shared<c10::Event>(device.type());
+    event->record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
+    return event;
+  }
+
+ private:
   Poller() { std::thread([this] { run(); }).detach(); }
 
   void run() {
@@ -428,8 +439,9 @@ class Poller {
         p.entry.waited(now_ns());
         p.reached.reset();
       }
-      if (!p.work->isCompleted()) return false;
-      p.entry.ended(p.work->exception() ? FAILED : DONE);  // NCCL's has no isSuccess any more
+      if (p.work ? !p.work->isCompleted() : p.after && !p.after->query()) return false;
+      const bool failed = p.work && p.work->exception();  // NCCL's has no isSuccess any more
+      p.entry.ended(failed ? FAILED : p.gate->closed() ? ABORTED : DONE);
     } catch (...) {
       p.entry.ended(FAILED);
     }
@@ -634,13 +646,15 @@ class RecordingBackend : public Backend {
   intrusive_ptr<Work> run(const What& w, const Tensors& t, Call call) {
     gate_->check();
     const Entry entry = ring_->begin(w, group_, collectives_++);
-    return follow(start(entry, call), entry, t, OpType(w.op), false);
+    const auto reached = accelerated_ ? Poller::here(t) : nullptr;
+    return follow(start(entry, call), entry, reached, t, OpType(w.op), false);
   }
   template <typename Call>
   intrusive_ptr<Work> move(const What& w, const Tensors& t, uint32_t seq, Call call) {
     gate_->check();
     const Entry entry = ring_->begin(w, group_, seq);
-    return follow(start(entry, call), entry, t, OpType(w.op), true);
+    const auto reached = accelerated_ ? Poller::here(t) : nullptr;
+    return follow(start(entry, call), entry, reached, t, OpType(w.op), true);
   }
   template <typename Call>
   intrusive_ptr<Work> start(const Entry& entry, Call call) {
@@ -652,18 +666,13 @@ class RecordingBackend : public Backend {
     }
   }
 
-  intrusive_ptr<Work> follow(intrusive_ptr<Work> inner, Entry entry, const Tensors& t, OpType op, bool transfer) {
-    if (!inner) return inner;
+  intrusive_ptr<Work> follow(
+      intrusive_ptr<Work> inner, Entry entry, Poller::Event reached, const Tensors& t, OpType op, bool transfer) {
     if (accelerated_) {
-      std::shared_ptr<c10::Event> reached;
-      if (!t.empty() && !t.front().is_cpu()) {
-        const auto device = t.front().device();
-        reached = std::make_shared<c10::Event>(device.type());
-        reached->record(c10::impl::VirtualGuardImpl(device.type()).getStream(device));
-      }
-      Poller::get().add(inner, std::move(reached), entry);
+      Poller::get().add({inner, std::move(reached), inner ? nullptr : Poller::here(t), gate_, entry});
       return inner;
     }
+    if (!inner) return inner;
     if (transfer || !has_future(*inner)) {
       return c10::make_intrusive<RecordedTransfer>(std::move(inner), entry, gate_, op);
     }
