@@ -6,9 +6,9 @@
 
 One process trains, as a rank does; the vaults are processes of their own on the same machine. The others' way writes into a tmpfs.
 
-    python -m benchmarks.gpu [--speed 100m 1b] [--snapshots 400m] [--compile] [--rounds 3]
+    python -m benchmarks.gpu [--speed 100m 1b] [--snapshots 400m] [--compile] [--rounds 3] [--run DIRECTORY]
 
-It writes `benchmarks/results/gpu.json` and `.md`; what is not measured keeps its last figures.
+The incidents of a run that was killed on a GPU (`--run`) are told beside it. It writes `benchmarks/results/gpu.json` and `.md`; what is not measured keeps its last figures.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 NODES = ("n0", "n1", "n2", "n3")
 VOCAB = 50304
+PARTS = ("kind", "tier", "bytes_peer", "detect_s", "plan_s", "muster_s", "connect_s", "build_s", "restore_s", "first_step_s", "total_s")
 THEIRS = "torch's stager and save in a thread"
 WARM, STEPS, LEAST = 4, 15, 6
 SHAPES = {"400m": {"num_layers": 24, "dim": 1024, "num_heads": 16, "num_kv_heads": 16, "ffn_dim": 2816}}
@@ -59,27 +60,30 @@ BATCHES = {"20m": (32, 512), "100m": (32, 1024), "125m": (32, 1024), "400m": (16
 def main() -> None:
     """Measure and write."""
     options = _options()
+    options.out.mkdir(exist_ok=True, parents=True)
     file = options.out / "gpu.json"
     report = json.loads(file.read_text()) if file.exists() else {"speed": {}, "snapshots": {}}
+    if options.run is not None:
+        report["incidents"] = json.loads((options.run / "summary.json").read_text())["incidents"]
+    if options.speed or options.snapshots:
+        _measure(report, options)
+    (options.out / "gpu.md").write_text(_markdown(report))
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print(_markdown(report), flush=True)
+    os._exit(0)  # the threads of the other way would hold the process
+
+
+def _measure(report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Adds to the report."""
     report["machine"] = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "cores": os.cpu_count()}
     store = dist.HashStore()
     mesh = Mesh.connect(store, rank=0, layout=Layout(), generation=1, device=options.device, timeout_s=60)
-    options.out.mkdir(exist_ok=True, parents=True)
-
-    def keep() -> None:
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        (options.out / "gpu.md").write_text(_markdown(report))
-
     for preset in options.speed:
         for compile in (False, True)[: 1 + options.compile]:
             report["speed"][f"{preset}{' compiled' if compile else ''}"] = found = _speed(preset, mesh, compile=compile)
             print(preset, found, flush=True)
-            keep()
     for preset in options.snapshots:
         report["snapshots"][preset] = _snapshots(preset, mesh, options, report["snapshots"].get(preset, {"rows": []}))
-        keep()
-    print(_markdown(report))
-    os._exit(0)  # the threads of async_save would hold the process
 
 
 def _options() -> argparse.Namespace:
@@ -88,6 +92,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--snapshots", nargs="*", default=["400m"])
     parser.add_argument("--ways", nargs="+", default=["ours", "theirs"], choices=["ours", "theirs"])
     parser.add_argument("--compile", action="store_true", help="speed with layout.compile, too")
+    parser.add_argument("--run", type=Path, help="a run directory")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -126,6 +131,9 @@ class Bench:
 
 
 def _speed(preset: str, mesh: Mesh, *, compile: bool) -> dict[str, Any]:
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     bench = Bench(preset, mesh, compile=compile)
     began = time.perf_counter()
     bench.one()
@@ -137,7 +145,7 @@ def _speed(preset: str, mesh: Mesh, *, compile: bool) -> dict[str, Any]:
     found = {
         "params": bench.params, "batch": bench.batch, "seq_len": bench.seq_len, "step_s": seconds, "tokens_per_s": tokens / seconds,
         "mfu": bench.flops * tokens / seconds / peak_flops(mesh.device.type, precision="bf16"), "first_step_s": first,
-        "memory_bytes": torch.cuda.max_memory_allocated() if mesh.device.type == "cuda" else 0,
+        "memory_bytes": torch.cuda.max_memory_allocated() if mesh.device.type == "cuda" else None,
     }  # fmt: skip
     bench.engine.close()
     return found
@@ -253,17 +261,25 @@ def _markdown(report: dict[str, Any]) -> str:
     for name, f in report["speed"].items():
         lines.append(
             f"| {name} | {f['params'] / 1e6:.0f} M | {f['batch']} x {f['seq_len']} | {f['step_s'] * 1e3:.0f} | {f['tokens_per_s']:,.0f} "
-            f"| {f['mfu']:.1%} | {f['memory_bytes'] / 1e9:.1f} | {f['first_step_s']:.1f} |"
+            f"| {f['mfu']:.1%} | {'-' if f['memory_bytes'] is None else format(f['memory_bytes'] / 1e9, '.1f')} | {f['first_step_s']:.1f} |"
         )
     for preset, found in report["snapshots"].items():
         lines += [
             "", f"## A snapshot of {preset}: {found['params'] / 1e6:.0f} M parameters, {found['state_bytes'] / 1e9:.2f} GB of state", "",
-            "Ours is protected against the loss of a node, by parity over four vaults on the same machine; the other way writes into a tmpfs. Medians.", "",
+            "Ours is protected against the loss of a node, by parity over four vaults on the same machine"
+            + ("; the other way writes into a tmpfs" if any(row["way"] == THEIRS for row in found["rows"]) else "") + ". Medians.", "",
             "| way | a step without, ms | stall, ms | stall, % of a step | copy, GB/s | steps meanwhile are slower by | safe after, s |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]  # fmt: skip
         lines += [_row(way, [row for row in found["rows"] if row["way"] == way], found["state_bytes"]) for way in dict.fromkeys(r["way"] for r in found["rows"])]
+    if report.get("incidents"):
+        lines += ["", "## A rank that was killed in its backward pass, in a run of `holdfast train`", "", "| " + " | ".join(PARTS) + " |", "| --- " * len(PARTS) + "|"]
+        lines += ["| " + " | ".join(_word(incident[part]) for part in PARTS) + " |" for incident in report["incidents"]]
     return "\n".join(lines) + "\n"
+
+
+def _word(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _row(way: str, rows: list[dict[str, Any]], state: int) -> str:
