@@ -114,6 +114,8 @@ def deepspeed(config: Config) -> Complaints:
         if layout.offload_optimizer:
             yield "layout.offload_optimizer: must be false with engine fsdp, got true; use layout.engine=deepspeed"
         return
+    if config.cluster.device == "cuda":
+        yield "cluster.device: must be auto or cpu with engine deepspeed, got cuda; use cluster.device=cpu or layout.engine=fsdp"
     for axis, degree in (("pp", layout.pp), ("tp", layout.tp)):
         if degree > 1:
             yield f"layout.engine: deepspeed needs {axis} 1, got {axis} {degree}; use layout.{axis}=1 or layout.engine=fsdp"

@@ -50,8 +50,6 @@ def decide(config: Config, *, gpus_per_worker: float | None = None, count: Calla
     if wish == "cpu":
         return Device("cpu", "cluster.device=cpu")
     if config.layout.engine == "deepspeed":
-        if wish == "cuda":
-            raise ValueError("cluster.device: must be cpu with layout.engine=deepspeed, got cuda; use layout.engine=fsdp")
         return Device("cpu", "layout.engine=deepspeed computes there")
     return _emulated(config, count()) if config.cluster.address == "local" else _attached(config, gpus_per_worker)
 

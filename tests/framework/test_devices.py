@@ -57,10 +57,7 @@ def test_in_a_cluster_ray_has_said_what_each_worker_gets():
 
 
 def test_deepspeed_computes_on_processors_and_says_so():
-    zero = {"layout__engine": "deepspeed"}
-    assert on(1, **zero).kind == "cpu"
-    with pytest.raises(ValueError, match="must be cpu with layout.engine=deepspeed"):
-        on(1, cluster__device="cuda", **zero)
+    assert on(1, layout__engine="deepspeed") == Device("cpu", "layout.engine=deepspeed computes there")
 
 
 def test_ranks_of_emulated_machines_have_gpus_by_number_and_others_the_one_that_ray_shows_them():
