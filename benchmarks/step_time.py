@@ -110,7 +110,7 @@ def _row(layout: str, found: Found) -> str:
     ratios = {side: [run["step_s"] / run["bare_s"] for run in runs[side]] for side in SIDES}
     cells = [str(max(map(len, runs.values()))), f"{1e3 * statistics.median(bare):.1f}", cell(found["control"])]
     cells += [cell(ratios[side]) for side in SIDES]
-    cells += [cell([100 * run["beside"] for run in runs[side]], ".1f") for side in SIDES]
+    cells += [cell([100 * run["beside"] for run in runs[side] if run["beside"] is not None], ".1f") for side in SIDES]
     verdict = "-" if not ratios["off"] else "met" if statistics.median(ratios["off"]) <= GOAL else "missed"
     return f"| {layout} | " + " | ".join([*cells, verdict]) + " |"
 
@@ -156,7 +156,7 @@ def _holdfast(layout: str, side: str, options: argparse.Namespace) -> dict[str, 
         words += [f"fault_tolerance.every_steps={options.every}"] if side == "on" else ["fault_tolerance=off"]
         if world == 1 and side == "on":
             words += ["fault_tolerance.tolerate=0"]
-        with _Processor(lambda: _lines(directory), options.steps // 4, options.steps - 2, ranks=world) as processor:
+        with _Processor(lambda: _lines(directory), options.steps // 4, options.steps - max(2, options.steps // 8), ranks=world) as processor:
             _run([sys.executable, "-m", "launch.main", "train", *words])
         rows = _rows(directory)
         started = next(event for event in run_dir.events(directory) if event["kind"] == "startup")
@@ -219,7 +219,7 @@ class _Processor:
     def _watch(self) -> None:
         for bound in (self._first, self._last):
             while self._steps() < bound:
-                if self._ending.wait(0.5):
+                if self._ending.wait(0.2):
                     return
             self._marks.append(_spent())
 
