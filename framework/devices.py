@@ -70,12 +70,11 @@ def _emulated(config: Config, gpus: int) -> Device:
 
 def _attached(config: Config, gpus_per_worker: float | None) -> Device:
     """In a cluster whose machines are real."""
-    each = config.cluster.workers_per_node
     if gpus_per_worker is None:
         return Device("cuda" if config.cluster.device == "cuda" else "cpu", "as far as is known before the cluster is joined")
     if gpus_per_worker:
-        return Device("cuda", f"every node gives {each}, one to each of its workers")
-    return Device("cpu", f"no node has {each} GPUs, one for each of its workers")
+        return Device("cuda", "every worker has one of its node")
+    return Device("cpu", "no node has a GPU for each of its workers")
 
 
 def device_of(kind: str, *, rank: int, emulated: bool) -> torch.device:

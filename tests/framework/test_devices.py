@@ -51,8 +51,8 @@ def test_where_the_plan_chooses_there_must_be_enough_for_all_workers_it_may_ever
 
 def test_in_a_cluster_ray_has_said_what_each_worker_gets():
     there = config(cluster__address="auto", cluster__workers_per_node=8)
-    assert decide(there, gpus_per_worker=1.0, count=lambda: 0) == Device("cuda", "every node gives 8, one to each of its workers")
-    assert decide(there, gpus_per_worker=0.0, count=lambda: 1) == Device("cpu", "no node has 8 GPUs, one for each of its workers")
+    assert decide(there, gpus_per_worker=1.0, count=lambda: 0) == Device("cuda", "every worker has one of its node")
+    assert decide(there, gpus_per_worker=0.0, count=lambda: 1) == Device("cpu", "no node has a GPU for each of its workers")
     assert decide(config(cluster__address="auto", cluster__device="cuda")).kind == "cuda"
 
 
