@@ -269,6 +269,8 @@ class Controller:
         places = self._inventory.enough_places()
         self._memory.look(self._pool.agents, apart=self._inventory.left_out)
         source = self._source()
+        if source.tier == "memory" and self._memory.snapshot is not None:
+            self._journal.adopt(self._memory.snapshot.extra.get("rows", ()))
         if self._journal.plan is not None:
             self._planner.measured(self._journal.plan.layout, self._journal.step_s)
         generation = max(self._memory.generation, self._journal.generation)
@@ -475,6 +477,8 @@ class Controller:
         began = time.monotonic()
         likely = "" if trouble.planned or self._response is None else self._response.likely()
         self._journal.trouble(trouble, crew.plan, likely_cause=likely)
+        if self._response is not None:
+            self._journal.saw(self._response.reached)
         self._remedy(trouble, crew)
         dead = frozenset(trouble.nodes) if trouble.kind == "node_loss" else frozenset()
         for rank in trouble.ranks:

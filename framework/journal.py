@@ -63,6 +63,7 @@ class Journal:
         self._val_loss: float | None = None
         self.plan: Plan | None = None
         self.tolerance = 0
+        self._saw = 0
         self.vitals: dict[str, float] = {}
         self.checkpoint_age_s: Callable[[], float | None] = lambda: None
 
@@ -124,7 +125,8 @@ class Journal:
         if self._open is not None:
             self._open.plan_s, self._open.decision = seconds, plan.reason
             self._open.layout_after = str(plan.layout)
-            self._open.steps_lost = max(0, self.reached - plan.source.step)
+            self._open.steps_lost = max(0, max(self.reached, self._saw) - plan.source.step)
+        self._saw = 0
         self.event(
             "plan",
             reason="; ".join([plan.reason, *limits]),
@@ -183,6 +185,10 @@ class Journal:
         self._open = Incident(trouble, str(layout or ""), detect_s=trouble.silent_s)
         self._opened = time.monotonic()
         self.event("trouble", reason=str(trouble), cause=trouble.kind)
+
+    def saw(self, step: int) -> None:
+        """A step that was taken, although nobody is left to tell of it."""
+        self._saw = max(self._saw, step)
 
     def adopt(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows that were not told before their teller was lost; those that are known already are left out."""

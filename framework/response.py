@@ -164,6 +164,11 @@ class Response:
         """Seconds since anything was new in the record of each rank that has one."""
         return self._sentinel.still_s(now)
 
+    @property
+    def reached(self) -> int:
+        """The newest step that is known to have been taken, by the records of those who took it."""
+        return self._sentinel.reached
+
     def close(self) -> None:
         """The crew has ended."""
         self._sentinel.close()

@@ -146,6 +146,13 @@ class Sentinel:
             return self._detector.step_times(verdict)
 
     @property
+    def reached(self) -> int:
+        """The newest step that some rank had taken at the last look, by its record: whoever marks a step has taken the one before."""
+        with self._lock:
+            told = [ring.step for ring in self._detector.rings.values() if ring.generation == self._plan.generation]
+        return max(told, default=1) - 1
+
+    @property
     def topology(self) -> Topology:
         """Where every rank sits."""
         return self._detector.topology

@@ -162,12 +162,13 @@ class Trainer:
         reseed: Callable[[int], None] = lambda step: None,
         pair_test: Callable[[], dict[str, Any]] = dict,
         integrity: Integrity | None = None,
+        untold: Callable[[], list[dict[str, Any]]] = list,
         rank: int = 0,
     ) -> None:
         self._engine, self._feed, self._lr = engine, feed, learning_rate
         self._snapshots, self._faults, self._settings = snapshots, faults, settings
         self._sum, self._num_ranks, self._emit, self._record = sum_over_ranks, num_ranks, emit, record
-        self._reseed = reseed
+        self._reseed, self._untold = reseed, untold
         self._pair_test, self._integrity, self._rank = pair_test, integrity, rank
         self._guard = NumericGuard(spike_sigma=settings.spike_sigma, max_skips=settings.max_skips)
         self._own_loss = 0.0
@@ -414,7 +415,7 @@ class Trainer:
         while must and self._anywhere(not self._snapshots.has_room()):
             time.sleep(0.01)
         samples = step * self._settings.global_batch
-        self._snapshots.begin(step, {"step": step, "samples": samples}, self._engine.state())
+        self._snapshots.begin(step, {"step": step, "samples": samples, "rows": self._untold()}, self._engine.state())
         self._last_snapshot = step
         self._want.clear()
         for phase in ("encode", "transfer"):

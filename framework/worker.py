@@ -77,6 +77,7 @@ class Worker:
         self._said: deque[tuple[int, dict[str, Any]]] = deque(maxlen=MAX_SAID)
         self._number = 0
         self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_ROWS)
+        self._num_rows, self._told = 0, (0, 0)  # of this generation: all, and those when last but once and last asked
         self._generation = 0
         self._over = 0  # this generation and all before it have been ended from outside
         self._stop_asked = 0
@@ -99,6 +100,7 @@ class Worker:
     def poll(self, acked: int) -> dict[str, Any]:
         """What this rank is doing, and what it has said since number `acked`."""
         self._heard = time.monotonic()
+        self._told = (self._told[1], self._num_rows)
         while self._said and self._said[0][0] <= acked:
             self._said.popleft()
         trainer = self._trainer
@@ -181,6 +183,7 @@ class Worker:
         self._said.clear()
         self._number = 0
         self._rows.clear()
+        self._num_rows, self._told = 0, (0, 0)
         self._done.clear()
         self._heard = time.monotonic()
         redirect(Path(self._config.run_dir) / "logs" / log_name(plan.generation, order["rank"], self._name))
@@ -305,6 +308,7 @@ class Worker:
             reseed=lambda step: seed_streams(config.seed, step, mesh.seat[:2]),
             pair_test=lambda: pair_test(mesh.device),
             integrity=self._integrity(engine, mesh, start),
+            untold=self._untold,
             rank=mesh.rank,
         )
         if self._stop_asked >= plan.generation:
@@ -387,8 +391,16 @@ class Worker:
         """Every rank keeps the rows, one tells them: if it is lost before it has, another can."""
         if "event" not in item:
             self._rows.append(item)
+            self._num_rows += 1
         if reporter:
             self._say(item)
+
+    def _untold(self) -> list[dict[str, Any]]:
+        """The newest rows, which the controller may not have: an answer has come when the next question does. They go into snapshots,
+        so that whoever goes on from one can tell them, should all ranks be lost.
+        """
+        few = self._num_rows - self._told[0]
+        return list(self._rows)[-few:] if few else []
 
     def _say(self, item: dict[str, Any]) -> None:
         self._number += 1

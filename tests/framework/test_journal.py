@@ -78,12 +78,27 @@ def test_a_run_that_resumes_another_one_stands_at_its_checkpoint_before_it_has_t
     """A resumed run whose crew did not get together said that step 1 had failed three times."""
     resumed = journal(tmp_path)
     assert resumed.stands_at == 0
-    seats, source = (Seat("n0", 0),), Source("durable", 100)
-    resumed.plan = Plan("run", 1, Layout(), "1f1b", 1, seats, {"n0": "n0"}, 0, source, (), "as configured")
+    resumed.plan = plan_of(Source("durable", 100))
     assert (resumed.reached, resumed.stands_at) == (0, 100)
     resumed.adopt([row(101, 1)])
     assert resumed.stands_at == 101
     resumed.close()
+
+
+def test_a_loss_costs_the_steps_that_were_taken_not_those_that_were_told(tmp_path: Path) -> None:
+    """A lone rank was killed in its 30th step, four after those that it had told: it was said that nothing was lost."""
+    run = journal(tmp_path)
+    run.adopt([row(step, 1) for step in range(1, 26)])
+    run.trouble(Trouble("crash", (0,), ("n0",), "killed", 25, time.time()), plan_of(Source("fresh", 0)))
+    run.saw(29)
+    run.planned(plan_of(Source("memory", 25)), seconds=0.0)
+    run.close()
+    [event] = [e for e in run_dir.events(tmp_path) if "incident" in e]
+    assert event["incident"]["steps_lost"] == 4
+
+
+def plan_of(source: Source) -> Plan:
+    return Plan("run", 1, Layout(), "1f1b", 1, (Seat("n0", 0),), {"n0": "n0"}, 0, source, (), "as configured")
 
 
 @contextmanager

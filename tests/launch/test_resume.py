@@ -51,3 +51,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     assert ends[0]["state_sha256"] == ends[1]["state_sha256"] and ends[0]["samples"] == 4 * last
     assert run_dir.RunDir(resumed.place).tracking_id == run_dir.RunDir(stopped.place).run_id
     assert list((resumed.place / "wandb").glob(f"offline-run-*-{run_dir.RunDir(stopped.place).run_id}"))
+
+
+@pytest.mark.cluster
+def test_steps_that_nobody_is_left_to_tell_of_are_in_the_ledger(tmp_path: Path) -> None:
+    """A run's only rank was killed a while after it had last been asked. It went on from its newest snapshot, and the steps from the
+    last answer to that snapshot were in no row.
+    """
+    fault = "drill.faults=[{step: 30, kind: kill_worker, rank: 0, phase: backward}]"
+    protected = ("fault_tolerance.every_steps=1", "fault_tolerance.max_steps_lost=1", "optim.num_steps=40")
+    alone = Run(tmp_path / "alone", "layout.pp=1", "layout.dp=1", "cluster.num_nodes=1", *protected, fault).wait(0)
+    assert [row["step"] for row in rows(alone.place)] == list(range(1, 41))
+    [incident] = json.loads((alone.place / "summary.json").read_text())["incidents"]
+    assert incident["kind"] == "crash" and incident["steps_lost"] <= 1
