@@ -19,6 +19,7 @@ from framework.nodes import Exit, Node, WorkerDied, complaint
 
 LOOK_S = 1.0  # how often those who wait for a process ask whether its machine still lives
 ALIVE_S = 20.0  # an idle process that says nothing for so long is of no use, stopped or swapped out
+LATE_S = 20.0  # one that nobody waits for may take so long, or `TIMES` as long as the slowest before it
 STUCK_S, TIMES = 8.0, 4.0  # who has not come up for so long, and so many times as long as others of its kind took, does not come
 
 
@@ -45,6 +46,7 @@ class Pool:
         self.workers: dict[str, Remote] = cluster.workers()
         self._identity: dict[str, Any] = cluster.call_context()
         self._starting: dict[str, Call] = {}
+        self._began, self._slowest_s = dict[str, float](), dict[str, float]()  # who was started when, and what its kind has taken
         for kind, found in (("agent", self.agents), ("worker", self.workers)):
             late = {name: remote for name, remote in found.items() if remote.facts().get("State") != "ALIVE"}
             self._starting |= {f"{kind} {name}": remote.ready() for name, remote in late.items()}
@@ -66,12 +68,14 @@ class Pool:
             payload = {**self._agent_payload, "node": node, "host": hosts[node]}
             self.agents[node] = self._cluster.start_vault(node, "framework.agent:Agent", payload, log=self._log("agent", node))
             self._starting[f"agent {node}"] = self.agents[node].ready()
+            self._began[f"agent {node}"] = time.monotonic()
         if seat not in self.workers:
             payload = {**self._worker_payload, "node": node, "name": seat}
             self.workers[seat] = self._cluster.start_worker(
                 node, seat, "framework.worker:Worker", payload, log=self._log("worker", seat)
             )
             self._starting[f"worker {seat}"] = self.workers[seat].ready()
+            self._began[f"worker {seat}"] = time.monotonic()
 
     def ensure(self, seats: Sequence[str], *, timeout_s: float) -> dict[str, float]:
         """Have a live agent on every node and a live worker in every seat; those that are there already are asked.
@@ -91,7 +95,8 @@ class Pool:
             left = timeout_s - (time.monotonic() - began)
             if stuck := overdue(waiting.values(), took, timeout_s - left, timeout_s) - anew:
                 anew |= stuck
-                self._start_anew(stuck, seats)
+                self._give_up(stuck)
+                self._start_all(seats)
                 continue
             done, _ = wait_any(list(waiting), max(0.0, min(LOOK_S, left)))
             outlived = {waiting[call] for call in done if _outlived(call)} - anew
@@ -103,6 +108,7 @@ class Pool:
                 del self._starting[who]
                 self._check(who, call)
                 took[who] = time.monotonic() - began
+                self._slowest_s[_kind(who)] = max(took[who], self._slowest_s.get(_kind(who), 0.0))
             if outlived:
                 anew |= outlived
                 self._start_all(seats)
@@ -126,13 +132,17 @@ class Pool:
         if missing := [seat for seat in seats if f"worker {seat}" in lacking or f"agent {_node(seat)}" in lacking]:
             raise PoolError(f"cluster: nodes of {', '.join(missing)} must be alive, they died while their workers were started")
 
-    def _start_anew(self, stuck: Iterable[str], seats: Sequence[str]) -> None:
+    def _give_up(self, stuck: Iterable[str]) -> None:
         for who in sorted(stuck):
             text = f"{who}{self._state(who)} does not come up, others did: it is started anew"
             self.unready.append(PoolError(text, nodes=[_node_of(who)]))
             print(f"pool: {text}", flush=True)
             self._forget(who)
-        self._start_all(seats)
+
+    def _is_late(self, who: str) -> bool:
+        """Whether it is time to give up a process that nobody waits for."""
+        patience_s = max(LATE_S, TIMES * self._slowest_s.get(_kind(who), 0.0))
+        return time.monotonic() - self._began.get(who, math.inf) > patience_s
 
     def _remotes(self) -> dict[str, Remote]:
         return {f"worker {s}": r for s, r in self.workers.items()} | {f"agent {n}": r for n, r in self.agents.items()}
@@ -164,7 +174,8 @@ class Pool:
         if not names <= self._known():
             return False
         starting = {who: call for who, call in self._starting.items() if who in names}
-        if not all(call.done() for call in starting.values()):
+        if missing := [who for who, call in starting.items() if not call.done()]:
+            self._give_up(who for who in missing if self._is_late(who))
             return False
         for who, call in starting.items():
             if error := self._unfit(who, call):  # it died before it was of use: whoever asks next finds it missing, and starts another
@@ -301,9 +312,14 @@ def _node(seat: str) -> str:
     return seat.rpartition(".")[0]
 
 
+def _kind(who: str) -> str:
+    """agent or worker."""
+    return who.partition(" ")[0]
+
+
 def _node_of(who: str) -> str:
-    kind, _, name = who.partition(" ")
-    return name if kind == "agent" else _node(name)
+    name = who.partition(" ")[2]
+    return name if _kind(who) == "agent" else _node(name)
 
 
 def _outlived(call: Call) -> bool:

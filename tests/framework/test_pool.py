@@ -59,9 +59,10 @@ class Ready:
     """A call that has ended."""
 
     result: Callable[[float], dict[str, str]]
+    ended: bool = True
 
     def done(self) -> bool:
-        return True
+        return self.ended
 
 
 class Settling(Empty):
@@ -70,7 +71,7 @@ class Settling(Empty):
     names = ("n1",)
 
     def __init__(self) -> None:
-        self.well, self.killed = False, list[str]()
+        self.well, self.answers, self.killed = False, True, list[str]()
         self.program = {"version": "1", "digest": "d", "code_path": "/here"}
 
     def start_vault(self, node: str, *_: object, **__: object) -> Any:
@@ -85,7 +86,7 @@ class Settling(Empty):
                 raise CallError("gone", actor=name, node="n1")
             return self.program
 
-        ready = Ready(result)
+        ready = Ready(result, ended=self.answers)
         return SimpleNamespace(ready=lambda: ready, facts=dict, kill=lambda: self.killed.append(name))
 
 
@@ -119,6 +120,21 @@ def test_a_machine_with_another_program_is_told_from_one_where_a_process_died(mo
     with pytest.raises(PoolError, match="digest older against d") as raised:
         pool.ensure(["n1.0"], timeout_s=1.0)
     assert raised.value.misfit == str(raised.value) and raised.value.nodes == ("n1",)
+
+
+def test_a_worker_of_a_joining_machine_that_never_comes_up_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine came back and one of its workers never answered, nor ended: the machine was not grown onto for the rest of the run."""
+    cluster = Settling()
+    cluster.well, cluster.answers = True, False
+    pool = Pool(cluster, logs="/nowhere", agent={}, worker={})  # type: ignore[arg-type]
+    pool.start(["n1.0"])
+    assert not pool.is_ready(["n1.0"]) and not cluster.killed
+    monkeypatch.setattr("framework.pool.LATE_S", 0.0)
+    assert not pool.is_ready(["n1.0"]) and sorted(cluster.killed) == ["agent n1", "worker n1.0"]
+    assert len(pool.unready) == 2
+    cluster.answers = True
+    pool.start(["n1.0"])
+    assert pool.is_ready(["n1.0"])
 
 
 def test_what_is_on_a_lost_node_is_ended_should_it_be_there_again() -> None:
