@@ -515,11 +515,11 @@ class Controller:
             return trouble
         step = self._journal.stands_at
         self._failures.add(step, trouble.nodes)
-        if self._failures.times(step) >= MAX_FAILURES:
-            raise NoProgress(f"step {step + 1} failed {self._failures.times(step)} times in a row; the last time: {trouble}")
-        node = self._failures.culprit(step)
+        times, node = self._failures.times(step), self._failures.culprit(step)
+        if times >= MAX_FAILURES:
+            raise NoProgress(f"step {step + 1} failed {times} times in a row; the last time: {trouble}")
         if node is not None and self._dispensable(node):
-            self._inventory.evict([node], f"step {step + 1} failed {self._failures.times(step)} times, on {node} alone")
+            self._inventory.evict([node], f"step {step + 1} failed {times} times, on {node} alone")
         return trouble
 
     def _dispensable(self, node: str) -> bool:

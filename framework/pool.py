@@ -48,8 +48,9 @@ class Pool:
         self._starting: dict[str, Call] = {}
         self._began, self._slowest_s = dict[str, float](), dict[str, float]()  # who was started when, and what its kind has taken
         for kind, found in (("agent", self.agents), ("worker", self.workers)):
-            late = {name: remote for name, remote in found.items() if remote.facts().get("State") != "ALIVE"}
-            self._starting |= {f"{kind} {name}": remote.ready() for name, remote in late.items()}
+            for name, remote in found.items():
+                if remote.facts().get("State") != "ALIVE":
+                    self._await(f"{kind} {name}", remote)
         self.unready: list[PoolError] = []  # of what came to nothing while nobody was kept waiting
 
     def start(self, seats: Sequence[str]) -> None:
@@ -67,15 +68,16 @@ class Pool:
         if node not in self.agents and node in hosts:
             payload = {**self._agent_payload, "node": node, "host": hosts[node]}
             self.agents[node] = self._cluster.start_vault(node, "framework.agent:Agent", payload, log=self._log("agent", node))
-            self._starting[f"agent {node}"] = self.agents[node].ready()
-            self._began[f"agent {node}"] = time.monotonic()
+            self._await(f"agent {node}", self.agents[node])
         if seat not in self.workers:
             payload = {**self._worker_payload, "node": node, "name": seat}
             self.workers[seat] = self._cluster.start_worker(
                 node, seat, "framework.worker:Worker", payload, log=self._log("worker", seat)
             )
-            self._starting[f"worker {seat}"] = self.workers[seat].ready()
-            self._began[f"worker {seat}"] = time.monotonic()
+            self._await(f"worker {seat}", self.workers[seat])
+
+    def _await(self, who: str, remote: Remote) -> None:
+        self._starting[who], self._began[who] = remote.ready(), time.monotonic()
 
     def ensure(self, seats: Sequence[str], *, timeout_s: float) -> dict[str, float]:
         """Have a live agent on every node and a live worker in every seat; those that are there already are asked.
@@ -142,7 +144,7 @@ class Pool:
     def _is_late(self, who: str) -> bool:
         """Whether it is time to give up a process that nobody waits for."""
         patience_s = max(LATE_S, TIMES * self._slowest_s.get(_kind(who), 0.0))
-        return time.monotonic() - self._began.get(who, math.inf) > patience_s
+        return time.monotonic() - self._began[who] > patience_s
 
     def _remotes(self) -> dict[str, Remote]:
         return {f"worker {s}": r for s, r in self.workers.items()} | {f"agent {n}": r for n, r in self.agents.items()}
@@ -292,7 +294,7 @@ def overdue(waiting: Iterable[str], took_s: Mapping[str, float], waited_s: float
     if waited_s > timeout_s / 2:
         return frozenset()
     slowest = {kind: max((s for who, s in took_s.items() if who.startswith(kind)), default=math.inf) for kind in ("agent", "worker")}
-    return frozenset(who for who in waiting if waited_s >= max(STUCK_S, TIMES * slowest[who.partition(" ")[0]]))
+    return frozenset(who for who in waiting if waited_s >= max(STUCK_S, TIMES * slowest[_kind(who)]))
 
 
 def _end(remote: Remote | None, *, agent: Remote | None) -> None:
