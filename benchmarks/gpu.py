@@ -31,7 +31,7 @@ import yaml
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from benchmarks.snapshot import _vault
+from benchmarks.vaults import vaults
 from fault_tolerance.device_copy import DeviceCopy
 from fault_tolerance.placement import plan_groups
 from fault_tolerance.snapshot import COPY_BYTES, Snapshotter
@@ -168,10 +168,8 @@ def _snapshots(preset: str, mesh: Mesh, options: argparse.Namespace, known: dict
 def _all_ours(bench: Bench, rounds: int) -> list[dict[str, Any]]:
     """Straight into the vault's memory, and through buffers."""
     run, secret = "bench" + secrets.token_hex(4), secrets.token_bytes(16)
-    vaults = [_vault(node, run, secret) for node in NODES]
     rows: list[dict[str, Any]] = []
-    try:
-        addresses = {node: json.loads(vault.stdout.readline())["address"] for node, vault in zip(NODES, vaults, strict=True)}  # type: ignore[union-attr]
+    with vaults(NODES, run=run, secret=secret) as (addresses, _):
         clients = [VaultClient(address, run=run, secret=secret) for address in addresses.values()]
         for generation, pinned in ((1, True), (2, False)):
             plan = SnapshotPlan(
@@ -182,10 +180,6 @@ def _all_ours(bench: Bench, rounds: int) -> list[dict[str, Any]]:
                 client.open(plan, timeout_s=120.0)
             name = "holdfast" if pinned else "holdfast, through buffers"
             rows += _ours(bench, plan, secret, name, pinned=pinned, rounds=rounds)
-    finally:
-        for vault in vaults:
-            vault.stdin.close()  # type: ignore[union-attr]
-            vault.wait(30)
     return rows
 
 

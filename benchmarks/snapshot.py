@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.vaults import vaults
 from fault_tolerance.placement import plan_groups
 from fault_tolerance.snapshot_plan import SnapshotPlan
 from fault_tolerance.vault_client import VaultClient
@@ -83,9 +84,7 @@ def _preset(preset: str, options: argparse.Namespace) -> dict[str, Any]:
         whole = Decoder(**model)
     atlas = Atlas(state_specs(whole), Layout(dp=2), "1f1b", model["num_layers"])
     run, secret = "bench" + secrets.token_hex(4), secrets.token_bytes(16)
-    vaults = [_vault(node, run, secret) for node in NODES]
-    try:
-        addresses = {node: json.loads(vault.stdout.readline())["address"] for node, vault in zip(NODES, vaults, strict=True)}  # type: ignore[union-attr]
+    with vaults(NODES, run=run, secret=secret) as (addresses, pids):
         plan = SnapshotPlan(
             run=run,
             generation=1,
@@ -100,12 +99,8 @@ def _preset(preset: str, options: argparse.Namespace) -> dict[str, Any]:
         for client in clients:
             client.open(plan)
         with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="bench-") as folder:
-            rows = _ranks(_job(plan, secret, model, folder, options) | {"vaults": [vault.pid for vault in vaults]})
+            rows = _ranks(_job(plan, secret, model, folder, options) | {"vaults": pids})
         seconds = [e for c in clients for e in c.watch(0) if e["kind"] == "snapshot" and e["state"] == "protected"]
-    finally:
-        for vault in vaults:
-            vault.stdin.close()  # type: ignore[union-attr]
-            vault.wait(10)
     state = sum(plan.node_bytes(node) for node in NODES)
     parts = {k: statistics.median(e[k] for e in seconds) for k in ("copy_s", "hash_s", "encode_s", "total_s")}
     return {"form": FORM, "machine": _machine(), "rounds": 1 + max(row["round"] for row in rows), "state": state, "vaults": parts, "rows": rows,
@@ -119,16 +114,6 @@ def _job(plan: SnapshotPlan, secret: bytes, model: dict[str, Any], folder: str, 
         "rounds": options.rounds, "ways": options.ways, "blocks": blocks, "port": _port(),
         "batch": options.batch, "seq_len": options.seq_len, "seconds": options.seconds,
     }  # fmt: skip
-
-
-def _vault(node: str, run: str, secret: bytes) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fault_tolerance.vault", "--node", node, "--run", run]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    vault = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert vault.stdin is not None
-    vault.stdin.write(secret.hex() + "\n")
-    vault.stdin.flush()
-    return vault
 
 
 def _ranks(job: dict[str, Any]) -> list[dict[str, Any]]:
