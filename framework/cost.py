@@ -24,7 +24,7 @@ from functools import lru_cache
 from framework.batching import places
 from framework.rates import GIB, Rates, calibrated, guess  # noqa: F401
 from parallel.layout import Layout
-from parallel.stages import num_stages, stages_of_rank, units_of_stage
+from parallel.stages import BUCKET_BYTES, buckets, num_stages, stages_of_rank, units_of_stage
 
 _BUBBLE_LEFT = {"interleaved_zero_bubble": 1 / 3, "zbv_zero_bubble": 1 / 6}  # of (pp - 1) / v; the others: all of it
 
@@ -160,6 +160,8 @@ class _Part:
     flops: float
     num_units: int
     num_layers: int
+    layer_params: int
+    layers_of_stages: tuple[int, ...]
     embeds: bool
     ends: bool
 
@@ -175,7 +177,8 @@ def _parts(model: ModelCost, schedule: str, pp: int) -> tuple[_Part, ...]:
         flops = sum(map(model.unit_flops, units))
         embeds, ends = 0 in units, model.num_layers + 1 in units
         params = sum(sizes) - (model.vocab_size * model.dim if model.tied and embeds and ends else 0)
-        part = _Part(rank, params, max(sizes), flops, len(units), len(layers), embeds, ends)
+        of_stages = tuple(sum(0 < u <= model.num_layers for u in units_of_stage(model.num_layers, stages, s)) for s in held)
+        part = _Part(rank, params, max(sizes), flops, len(units), len(layers), model.unit_params(1), of_stages, embeds, ends)
         found.setdefault((len(layers), embeds, ends), part)
     return tuple(found.values())
 
@@ -221,8 +224,14 @@ def _dp(part: _Part, layout: Layout, num_microbatches: int, method: Method, rate
     volume = params * (gathers * method.width + rates.scatter * 4)
     return (
         _ring(layout.dp, volume, bandwidth, 0.0)
-        + (gathers + rates.scatter) * part.num_units * (layout.dp - 1) * latency
+        + (gathers + rates.scatter) * _collectives(part, layout.tp) * (layout.dp - 1) * latency
     )
+
+
+def _collectives(part: _Part, tp: int) -> int:
+    """How many gather all parameters of a rank: its buckets of layers, and what else each stage has."""
+    layer_bytes = 4 * part.layer_params // tp
+    return sum(len(buckets([layer_bytes] * layers)) + 1 for layers in part.layers_of_stages)
 
 
 def _ring(size: int, volume: float, bandwidth: float, latency: float) -> float:
@@ -243,8 +252,8 @@ def _memory(
     state = mine * method.state_bytes / layout.dp
     gathered = 0.0
     if layout.dp > 1 or method.precision != "fp32":
-        two = min(mine, 2 * part.largest / layout.tp)  # one unit computes, the next is on its way
-        # Gradients wait whole for the last microbatch; with a single one they are reduced unit by unit.
+        two = min(mine, 2 * max(part.largest / layout.tp, BUCKET_BYTES / 4))  # one bucket computes, the next is on its way
+        # Gradients wait whole for the last microbatch; with a single one they are reduced bucket by bucket.
         gathered = (two if method.reshard_after_forward else mine) * method.width
         gathered += (mine if num_microbatches > 1 else two) * 4
     return rates.base_bytes + state + gathered + _activations(model, part, tokens, num_microbatches, layout, method)

@@ -1,9 +1,10 @@
 """Assemble: from a model that knows one device to the stage module that a rank runs.
 
     meta device             prune to the stage's units -> cut by tp -> tie again
-    then unit by unit       memory on the device -> checkpointing -> compile -> FSDP
+    then layer by layer     checkpointing -> compile
+    then bucket by bucket   memory on the device -> FSDP
 
-so the most that is ever on the device beyond the rank's own shards is one unit, whatever the model's size.
+so the most that is ever on the device beyond the rank's own shards is one bucket of layers, whatever the model's size.
 
 Rule of this file: it wires parts of the neighbouring files together in the one order that works. Values of
 parameters are zero here; whoever has them fills them in.
@@ -24,6 +25,7 @@ from parallel.contract import HasBuffers, unit_of
 from parallel.data import needs_fsdp, shard_unit
 from parallel.mesh import Mesh
 from parallel.specs import Tie
+from parallel.stages import buckets
 from parallel.tensor import apply_tensor_parallel
 
 
@@ -43,16 +45,19 @@ def assemble_stage(
         reshard_after_forward=wrapping.reshard_after_forward,
     )
     wanted = needs_fsdp(dp=mesh.layout.dp, precision=wrapping.precision)
-    for layer in model.layers.values():  # type: ignore[union-attr, operator]
-        materialise(layer, mesh.device)
+    layers = list(model.layers.values())  # type: ignore[union-attr, operator]
+    for layer in layers:
         _wrap_layer(layer, wrapping)
-        if wanted:
-            shard(layer)
+    for bucket in buckets([_local_bytes(layer) for layer in layers], wrapping.bucket_bytes) if wanted else ():
+        members = layers[bucket.start : bucket.stop]
+        for layer in members:
+            materialise(layer, mesh.device)
+        shard(members)
     materialise(model, mesh.device)
     if isinstance(model, HasBuffers):
         model.reset_buffers()
     if wanted:
-        shard(model)
+        shard([model])
     return model
 
 
@@ -112,6 +117,11 @@ def materialise(module: nn.Module, device: torch.device) -> None:
         for name, buffer in owner.named_buffers(recurse=False):
             if buffer.is_meta:
                 owner.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=device))
+
+
+def _local_bytes(module: nn.Module) -> int:
+    """What its parameters take in fp32 on a rank that has them whole but for tp."""
+    return sum(4 * (p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
 
 
 def _zeros(like: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from parallel.boxes import chunk
 from parallel.layout import Layout
-from parallel.stages import num_stages, units_of_stage
+from parallel.stages import BUCKET_BYTES, num_stages, units_of_stage
 
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv_zero_bubble")
 PRECISION_NAMES = ("fp32", "bf16")
@@ -34,13 +34,14 @@ class ModelNumbers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wrapping:
-    """What is wrapped around each layer, and how the stream is cut."""
+    """What is wrapped around the layers, and how the stream is cut. Layers of fewer bytes than a bucket share one."""
 
     precision: str = "fp32"
     sequence_parallel: bool = True
     reshard_after_forward: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
+    bucket_bytes: int = BUCKET_BYTES
 
 
 def check(

@@ -1,6 +1,6 @@
-"""Data parallelism: FSDP2 on every layer and on the rest, gradients summed.
+"""Data parallelism: FSDP2 on every bucket of layers and on the rest, gradients summed.
 
-    each layer, and the root (embed, norm, head), is one unit: gathered before it computes, and let go
+    each bucket (stages.py), and the root (embed, norm, head), is one unit: gathered before it computes, and let go
     after its backward, or also after its forward with `reshard_after_forward`
 
 With precision bf16, units are gathered and computed in bf16, gradients are reduced in fp32, and the shards, which the
@@ -26,15 +26,19 @@ def needs_fsdp(*, dp: int, precision: str) -> bool:
     return dp > 1 or precision != "fp32"
 
 
-def shard_unit(module: nn.Module, mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool) -> None:
-    """Make a module, whose parameters are on the device, one FSDP unit over the data-parallel mesh. In place."""
+def shard_unit(modules: list[nn.Module], mesh: DeviceMesh, *, precision: str, reshard_after_forward: bool) -> None:
+    """Make modules that compute one after the other one FSDP unit over the data-parallel mesh. In place.
+
+    Their parameters are on the device.
+    """
     policy = MixedPrecisionPolicy()
     if precision != "fp32":
         policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32)
-    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    assert isinstance(module, FSDPModule)
-    module.set_gradient_divide_factor(1.0)
-    module.set_force_sum_reduction_for_comms(True)
+    fully_shard(modules, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    unit = modules[0]  # the others share what it keeps
+    assert isinstance(unit, FSDPModule)
+    unit.set_gradient_divide_factor(1.0)
+    unit.set_force_sum_reduction_for_comms(True)
 
 
 def units(module: nn.Module) -> list[FSDPModule]:

@@ -142,6 +142,14 @@ def test_letting_go_of_parameters_after_forward_does_not_change_a_bit(pool: Pool
     assert same_bits(kept, again)
 
 
+@pytest.mark.parametrize(("layout", "schedule"), [("1x2x1", "1f1b"), ("2x2x1", "1f1b"), ("2x2x1", "zbv_zero_bubble")])
+def test_layers_in_one_bucket_train_to_the_bit_as_each_in_its_own(pool: Pool, layout: str, schedule: str) -> None:
+    job = Job(layout=layout, schedule=schedule)
+    together = pool.run(train, job, world=job.world)
+    apart = pool.run(train, job.but(wrapping={"bucket_bytes": 1}), world=job.world)
+    assert same_bits(together, apart)
+
+
 @pytest.mark.parametrize("layout", ["1x1x2", "2x2x1"])
 def test_bf16_computes_in_bf16_and_keeps_fp32_state(pool: Pool, one: Reference, layout: str) -> None:
     job = Job(layout=layout)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.stages import SCHEDULES, num_stages, stages_of_rank, units_of_stage
+from parallel.stages import SCHEDULES, buckets, num_stages, stages_of_rank, units_of_stage
 
 
 def test_placements_as_drawn() -> None:
@@ -30,6 +30,16 @@ def test_units_tile_the_chain_and_every_stage_has_a_layer(num_layers: int, stage
     layers = [sum(1 <= unit <= num_layers for unit in part) for part in parts]
     assert max(layers) - min(layers) <= 1
     assert min(layers) >= 1
+
+
+@given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 200))
+def test_buckets_are_the_last_layers_cut_where_they_hold_enough(sizes: list[int], least: int) -> None:
+    found = buckets(sizes, least)
+    first = found[0].start if found else len(sizes)
+    assert [layer for bucket in found for layer in bucket] == list(range(first, len(sizes)))
+    assert sum(sizes[:first]) < least
+    for bucket in found:
+        assert sum(sizes[i] for i in bucket) >= least > sum(sizes[i] for i in bucket[1:])
 
 
 def test_an_unknown_schedule_is_refused_with_the_known_ones() -> None:
