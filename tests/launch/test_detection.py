@@ -21,7 +21,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_was_doing(tmp_path: Path) -> No
     run = tmp_path / "run"
     words = (
         "model=tiny", "data=synthetic", "monitor=quiet", "optim.num_steps=12", "optim.global_batch=4", "layout.pp=1", "layout.dp=4",
-        "cluster.num_nodes=2", "cluster.workers_per_node=2", "fault_tolerance.every_steps=2", "detect.hang_timeout_s=8",
+        "cluster.num_nodes=2", "cluster.workers_per_node=2", "fault_tolerance.every_steps=2", "fault_tolerance.max_steps_lost=2", "detect.hang_timeout_s=8",
         "drill.faults=[{step: 8, kind: hang, rank: 2, severity: 0}]", f"run_dir={run}",
     )  # fmt: skip
     result = typed(tmp_path, "train", *words, timeout_s=300)
