@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fault_tolerance.vault import Vault
 
 TICK_S = 0.2
+IDLE_S = 1.0  # while nothing is held
 
 
 class Housekeeper:
@@ -38,7 +39,7 @@ class Housekeeper:
 
     def _run(self) -> None:
         give_way()
-        while not self._vault.closed.wait(TICK_S):
+        while not self._vault.closed.wait(TICK_S if self._vault.versions else IDLE_S):
             self._give_up()
             plan = self._vault.plan
             if plan is not None and plan.scrub_bytes_s > 0:

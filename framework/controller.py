@@ -59,6 +59,9 @@ STOP_S = 60.0
 APART_ABORT_S = 3.0  # who connects over a dead way is not out sooner than the way is back
 ALONE_LOOK_S = 3.0
 ROWS_S = 3.0
+ASKED_S = 0.1
+CALM_LOOK_S = 0.5  # between two looks while all step and nobody is suspected of anything; a process that ends is seen at once
+SILENT_S = 1.0  # who says nothing for so long, and was asked, may be gone with its machine
 
 
 class Controller:
@@ -351,7 +354,7 @@ class Controller:
         leaving: Trouble | None = None
         kept = 0.0
         while True:
-            self._journal.take(self._response.heard(crew.look()), crew.plan)
+            self._journal.take(self._response.heard(crew.look(self._response.still_s(time.monotonic()))), crew.plan)
             if crew.finished or time.monotonic() - kept >= KEEP_S:
                 kept = time.monotonic()
                 self._keep(crew.plan)
@@ -378,7 +381,13 @@ class Controller:
                 if leaving is not None:
                     self._journal.event("trouble", reason=str(leaving), cause=leaving.kind)
                     crew.request_stop()
-            crew.wait(LOOK_S)
+            crew.wait(CALM_LOOK_S if leaving is None and self._is_calm(sight, crew.plan) else LOOK_S)
+
+    def _is_calm(self, sight: Sight, plan: Plan) -> bool:
+        """Whether there is nothing that a look could find sooner than the next step or verdict does."""
+        assert self._response is not None
+        silent = max(sight.silent_s.values(), default=0.0) > SILENT_S
+        return not sight.ended and not silent and self._journal.stepped(plan.generation) and self._response.calm
 
     def _respond(self, crew: Crew) -> Response:
         wish = self._planner.wish()
@@ -436,15 +445,16 @@ class Controller:
         now = time.monotonic()
         ended = crew.ended()
         still = {} if self._response is None else self._response.still_s(now)  # who records operations is not silent
-        suspects = {crew.plan.seats[r].node for r, e in ended.items() if e.how == "died"}
-        suspects |= {crew.plan.seats[r].node for r, s in crew.silent_s(now).items() if s > 1.0} | self._memory.lost
+        silent_s = {r: min(s, still.get(r, s)) for r, s in crew.silent_s(now).items()}
+        silent = {r for r in crew.unanswered(now, ASKED_S) if silent_s.get(r, 0.0) > SILENT_S}
+        suspects = {crew.plan.seats[r].node for r in silent | {r for r, e in ended.items() if e.how == "died"}} | self._memory.lost
         nodes = self._inventory.glance(worried=bool(suspects))
         dead = {n.name for n in nodes if not n.alive} | self._cluster.unanswering(suspects)
         broken = [e.at for e in ended.values() if e.how == "collective"]
         return Sight(
             now=time.time(),
             ended=ended,
-            silent_s={r: min(s, still.get(r, s)) for r, s in crew.silent_s(now).items()},
+            silent_s=silent_s,
             progress=crew.progress(),
             quiet_s=min([self._journal.quiet_s(crew.began), *still.values()]),  # a step may be long and still go on
             dead_nodes=frozenset(dead),

@@ -22,6 +22,8 @@ from framework.plan import Plan
 from framework.watch import Ended
 
 LAST_WORDS_S = 2.0
+RARELY = 4  # times the usual period: who has told of its start and is seen to work is asked for little else
+AT_WORK_S = 1.0  # a record that went on within that
 
 
 @dataclass(slots=True)
@@ -56,23 +58,26 @@ class Crew:
         """Whether every rank came to an end of its own, as planned."""
         return all(view.outcome is not None for view in self.ranks)
 
-    def look(self) -> list[dict[str, Any]]:
+    def look(self, still_s: Mapping[int, float]) -> list[dict[str, Any]]:
         """Ask everybody whose turn it is, hear who has answered meanwhile. Returns the new rows and events of the ranks.
+
+        `still_s`: seconds since each recorded rank's record last went on.
 
         A poll that is under way is never repeated, so a rank that hangs costs one pending call.
         """
         said: list[dict[str, Any]] = []
         under_way = [call for view in self.ranks for call in (view.run if view.ended is None else None, view.ping) if call is not None]
         ended = set(wait_all(under_way, 0.0)[0])
-        due = time.monotonic() - self.ping_period_s
         for rank, view in enumerate(self.ranks):
             if view.ended is None and view.run in ended:
                 self._close(rank, view)
             if view.ping is not None and view.ping in ended:
                 said += self._hear(view, view.ping)
                 view.ping = None
-            if view.ended is None and view.ping is None and view.asked <= due:
-                view.asked = time.monotonic()
+            now = time.monotonic()
+            at_work = rank and view.acked and still_s.get(rank, AT_WORK_S) < AT_WORK_S  # rank 0 tells the steps
+            if view.ended is None and view.ping is None and now - view.asked >= self.ping_period_s * (RARELY if at_work else 1):
+                view.asked = now
                 view.ping = view.remote.call("poll", view.acked)
         return said
 
@@ -99,6 +104,10 @@ class Crew:
     def silent_s(self, now: float) -> dict[int, float]:
         """Seconds since each rank was last heard that has not come to an end of its own."""
         return {r: now - v.heard for r, v in enumerate(self.ranks) if v.ended is None or v.ended.how == "died"}
+
+    def unanswered(self, now: float, longer_than_s: float) -> frozenset[int]:
+        """The ranks that were asked so long ago and have not answered yet."""
+        return frozenset(r for r, v in enumerate(self.ranks) if v.ping is not None and now - v.asked > longer_than_s)
 
     def progress(self) -> dict[int, tuple[int, str]]:
         """(step, phase) of each rank that still runs."""

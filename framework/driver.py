@@ -37,7 +37,7 @@ from framework.telemetry import Telemetry
 from parallel.recorder_build import RECORDER
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
-FOLLOW_S = 0.5
+FOLLOW_S = 1.0
 LOCAL_HEAD_S = 10.0  # a head that is stopped, or waits for a processor, answers within that
 LAST_SAVE_S = 8.0  # after 45 s without a head, of the 60 s that Ray leaves
 FIND_AGAIN_S = 120.0  # Ray looks for dead nodes for some 15 s before it starts anew what ran there

@@ -1,6 +1,6 @@
 """Head watch: whether the head of a Ray cluster that was joined is still there, and a last word if it is not.
 
-    a connection to GCS each second   ok, ok, refused, refused, ...    for longer than PATIENCE_S   ->  gone
+    a connection to GCS now and then  ok, ok, refused, refused, ...    for longer than PATIENCE_S   ->  gone
                                                     each quarter of it:  away
 
 Ray itself looks for its head for a minute, and then ends every process that had joined it, in the middle of whatever it does,
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PATIENCE_S = 45.0  # below Ray's own minute (gcs_rpc_server_reconnect_timeout_s)
-LOOK_S = 1.0
+LOOK_S = 2.0
 CONNECT_S = 3.0
 
 

@@ -35,7 +35,7 @@ LOOK_S = 0.2
 SLOW_START_S = 10.0
 MAX_UNREADY = 3  # processes of a joining machine that come to nothing
 GROW_LOOK_S = 0.5  # how often it is asked whether growing would pay
-CALM_S = 1.0  # how often the machines are listed while nobody is suspected
+CALM_S = 2.0  # how often the machines are listed while nobody is suspected
 
 
 class Stopped(Exception):  # noqa: N818  (an event, not a mistake)
@@ -83,7 +83,7 @@ class Inventory:
         return nodes
 
     def glance(self, *, worried: bool) -> tuple[Node, ...]:
-        """`see` once a second; at every look while somebody is suspected to be gone."""
+        """`see` now and then; at every look while somebody is suspected to be gone."""
         return self.see() if worried or time.monotonic() - self._seen_at >= CALM_S else self._seen
 
     def places(self) -> tuple[Place, ...]:

@@ -23,7 +23,7 @@ from framework.incident import Incident, Recovery, Trouble
 from framework.plan import Plan
 from framework.run_dir import RunDir
 from framework.startup import Startup
-from framework.telemetry import Telemetry
+from framework.telemetry import TOGETHER_S, Telemetry
 from framework.telemetry_prometheus import Gauge
 from framework.telemetry_sinks import make_sinks
 
@@ -41,7 +41,7 @@ class Journal:
         if not (self._dir.path / "config.yaml").exists():
             self._dir.write_config(plain(config))
         sinks = make_sinks(config.monitor, directory=config.run_dir, run_id=self._dir.tracking_id, config=plain(config), gauge=gauge)
-        self._telemetry = Telemetry(sinks)
+        self._telemetry = Telemetry(sinks, together_s=TOGETHER_S)
         self._written_at = max((f.stat().st_mtime for f in self._dir.path.glob("*.jsonl")), default=time.time())
         self._rows = run_dir.metrics(config.run_dir)
         events = run_dir.events(config.run_dir)

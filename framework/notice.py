@@ -10,12 +10,11 @@ Rule of this file: one signal of one process. It decides nothing.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
-import time
 from collections.abc import Callable
-
-LOOK_S = 0.25
 
 
 class Notice:
@@ -25,6 +24,8 @@ class Notice:
 
     def __init__(self) -> None:
         self._came = False
+        self._heard, self._told = os.pipe2(os.O_CLOEXEC)  # of all that wakes a thread, writing to it may interrupt anything
+        os.set_blocking(self._told, False)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)
         else:
@@ -41,8 +42,9 @@ class Notice:
 
     def _note(self, *_: object) -> None:
         self._came = True
+        with contextlib.suppress(BlockingIOError):  # it is full of earlier ones
+            os.write(self._told, b"!")
 
     def _wait(self, do: Callable[[], None]) -> None:
-        while not self._came:
-            time.sleep(LOOK_S)
+        os.read(self._heard, 1)
         do()

@@ -165,6 +165,11 @@ class Response:
         return self._sentinel.still_s(now)
 
     @property
+    def calm(self) -> bool:
+        """Whether the records say nothing of anybody."""
+        return self._sentinel.calm
+
+    @property
     def reached(self) -> int:
         """The newest step that is known to have been taken, by the records of those who took it."""
         return self._sentinel.reached

@@ -88,7 +88,7 @@ class Sentinel:
         self._fresh: list[Verdict] = []
         self._standing: dict[tuple[object, ...], int] = {}
         self._moved: dict[int, tuple[int, float]] = {}
-        self._calm = False
+        self._calm, self._suspects = False, False
         self._over = threading.Event()
         self.failure = ""
         self._thread = threading.Thread(target=self._run, daemon=True, name="sentinel")
@@ -107,8 +107,12 @@ class Sentinel:
 
     def still_s(self, now: float) -> dict[int, float]:
         """Seconds since something was last new in each recorded rank's ring; ranks without a record are not in it."""
-        with self._lock:
-            return {rank: max(0.0, now - at) for rank, (_, at) in self._moved.items()}  # a look may end after `now`
+        return {rank: max(0.0, now - at) for rank, (_, at) in self._moved.items()}  # a look may end after `now`
+
+    @property
+    def calm(self) -> bool:
+        """Whether all records go on, and nobody is under a verdict or suspected of being slow."""
+        return self._calm and not self._suspects and not self._fresh
 
     def pids(self) -> dict[int, int]:
         """The processes of the recorded ranks, on their nodes."""
@@ -166,7 +170,7 @@ class Sentinel:
         while not self._over.wait(pause):
             try:
                 spent_s = self._observe()
-                pause = pause_s(self._detector.usual_step_s, spent_s, calm=self._calm, suspects=self._detector.suspects, look_s=self._look_s)
+                pause = pause_s(self._detector.usual_step_s, spent_s, calm=self._calm, suspects=self._suspects, look_s=self._look_s)
             except Exception as error:  # a fault in judging must not end a run that trains; it is told once
                 self.failure = f"{type(error).__name__}: {error}"
                 return
@@ -180,14 +184,12 @@ class Sentinel:
         with self._lock:
             fresh = self._detector.observe(rings)
             now = time.monotonic()
-            moved = set()
-            for rank, ring in self._detector.rings.items():
-                known = self._moved.get(rank)
-                if known is None or known[0] != ring.head:
-                    self._moved[rank] = (ring.head, now)
-                    moved.add(rank)
+            heads = {rank: ring.head for rank, ring in self._detector.rings.items()}
+            moved = {rank: (head, now) for rank, head in heads.items() if self._moved.get(rank, (-1, now))[0] != head}
+            self._moved = self._moved | moved  # a new one: who reads it does not wait for a look
             holds = self._detector.active
             self._calm = not holds and len(moved) == len(self._detector.rings)
+            self._suspects = self._detector.suspects
             self._standing = {key: self._standing.get(key, 0) + 1 for key in holds}
             self._fresh += fresh
         return time.thread_time() - began

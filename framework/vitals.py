@@ -14,7 +14,7 @@ from typing import Any
 
 from framework.cluster import Call, CallError, Remote
 
-PERIOD_S = 10.0
+PERIOD_S = 15.0
 
 
 class Vitals:

@@ -54,6 +54,7 @@ from parallel.engine import Engine
 from parallel.mesh import Mesh
 
 LEASE_S = 45.0  # longer than a controller takes to be started again
+LEASE_LOOK_S = 5.0
 MAX_SAID = 10_000
 MAX_ROWS = 4_000  # rows that every rank keeps of its generation: whoever lives can tell what the crew had done, of a minute without Ray too
 COLLECTIVE_WORDS = (
@@ -408,7 +409,7 @@ class Worker:
 
     def _watch_lease(self) -> None:
         while True:
-            time.sleep(1.0)
+            time.sleep(LEASE_LOOK_S)
             if not self._done.is_set() and time.monotonic() - self._heard > LEASE_S:
                 print(f"lease: no word from the controller for {LEASE_S:.0f} s; leaving the crew", flush=True)
                 self.abort(self._generation)

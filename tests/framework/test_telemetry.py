@@ -316,3 +316,19 @@ def test_prometheus_scrapes_a_local_run_at_the_address_that_it_leaves(tmp_path):
     with urllib.request.urlopen((tmp_path / "prometheus_url").read_text().strip(), timeout=10) as page:
         text = page.read().decode()
     assert "holdfast_step 7.0" in text and "holdfast_sys_n0_load 0.5" in text
+
+
+def test_rows_are_handed_on_together_and_none_is_lost_at_the_end():
+    """A sink that was woken for every step cost more than what it did with it."""
+    times = []
+    sink = Collecting(lambda entry: times.append(time.monotonic()))
+    telemetry = Telemetry({"a": sink}, together_s=0.2)
+    for step in range(1, 41):
+        telemetry.step(row(step))
+        time.sleep(0.01)
+    began = time.monotonic()
+    telemetry.close()
+    assert time.monotonic() - began < 5
+    assert [entry.step for entry in sink.got[:-1]] == list(range(1, 41)) and telemetry.dropped == {}
+    pauses = [b - a for a, b in zip(times, times[1:], strict=False)]
+    assert sum(pause > 0.1 for pause in pauses) < 8
