@@ -3,9 +3,9 @@
     watch = Detector(topology)
     every second:  for verdict in watch.observe({rank: ring_bytes, ...}): ...
 
-    rings -> timelines -> deaths, mismatches, hangs   at once
-                       -> stragglers, links           on a window of steps, held for `persist` looks
-                       -> levels, deadlines, change points, learnt while nothing is wrong
+    rings -> timelines, encounters -> deaths, mismatches, hangs   at once
+                                   -> stragglers, links           on a window of steps, held for `persist` looks
+                                   -> levels, deadlines, change points, learnt while nothing is wrong
 
 Rule of this file: it remembers, the judging is done by pure functions. It reads no clock but those in the rings and the
 `now_s` it is given, so a recorded run can be judged again.
@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from fault_tolerance.changepoint import ChangePoints
 from fault_tolerance.deadlines import Deadlines, Patience
+from fault_tolerance.encounters import Encounters
 from fault_tolerance.hangs import judge_deaths, judge_hangs
-from fault_tolerance.links import Delay, Ends, delays, judge_links, levels, normalised
-from fault_tolerance.mismatches import judge_mismatches
+from fault_tolerance.links import Delay, Ends, could_be_slow, judge_links, levels, normalised
 from fault_tolerance.stragglers import (
     LEARNT_STEPS,
     Rule,
@@ -34,14 +35,15 @@ from fault_tolerance.stragglers import (
     middle_s,
     waits_caused,
 )
-from fault_tolerance.timeline import StepSpan, clock_offsets, meetings, merge, spans, ticket_of, transfers
+from fault_tolerance.timeline import StepSpan, meetings, merge, spans, ticket_of
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from parallel.record import Op, Phase, Record, Ring, State, decode
 
 SLOW = frozenset({Kind.SLOW_COMPUTE, Kind.SLOW_LINK, Kind.SLOW_ALL, Kind.WANDERING})
 KEPT_STEPS = 200
 CLIP = 3.0  # a single sample says no more than this
-FILL_FROM_STEPS = 16  # older steps that tell what a lost record would have said
+JUDGED_STEPS = 64  # of those, no judgement of stragglers asks for older ones
+KEPT_RECORDS = 4096, 2048, 16  # of a rank: as soon as there are more than the first, the second or those of so many steps are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,10 @@ class Detector:
         self.active: dict[tuple[object, ...], Verdict] = {}
         self.deadlines = Deadlines(self.settings.patience, warm_up_steps=self.settings.warm_up_steps)
         self._spans: dict[int, dict[int, StepSpan]] = defaultdict(dict)
+        self._judgeable_spans: dict[int, dict[int, StepSpan]] = {}
+        self._encounters = Encounters(topology)
         self._learnt_ticket: dict[int, int] = {}
+        self._done_ticket: dict[int, int] = {}
         self._heard_s: dict[int, float] = {}
         self._levels: dict[int, float] = {}
         self._link_levels: dict[tuple[Ends, Hashable], float] = {}
@@ -79,8 +84,6 @@ class Detector:
         self._held_others: dict[tuple[object, ...], set[int]] = defaultdict(set)
         self._judged_step = -1
         self._stopped_at: dict[int, int | None] = {}
-        self._called: dict[int, tuple[int, int, int]] = {}
-        self._mismatched: list[Verdict] = []
         self._since = -1
         self._alike = True
 
@@ -89,6 +92,7 @@ class Detector:
         stage have all `alike` much of it, nothing is said of how long they compute.
         """
         self._since, self._alike, self._fed, self._judged_step = step, alike, step, max(step, self._judged_step)
+        self._judgeable_spans.clear()
         for learnt in (self._levels, self._link_levels, self._series, self._drifted, self._held, self._held_others):
             learnt.clear()  # type: ignore[attr-defined]
         self.active = {key: v for key, v in self.active.items() if v.kind not in SLOW}
@@ -161,7 +165,10 @@ class Detector:
             self._heard_s[rank] = now
             if given:
                 ring = given if isinstance(given, Ring) else decode(given)
-                self.rings[rank] = merge(self.rings.get(rank), ring)
+                self.rings[rank] = _shortened(merge(self.rings.get(rank), ring))
+                self._encounters.take(rank, ring)
+        if self.rings:
+            self._encounters.forget(self._newest - max(self.settings.learn_steps, self.settings.rule.window) - 1)
 
     # ---- learning ----
 
@@ -172,26 +179,36 @@ class Detector:
             settled = _settled(fresh)
             if settled:
                 self.deadlines.learn(r for r in settled if r.step >= self.settings.warm_up_steps)
+                self._note_done(rank, since, settled)
                 self._learnt_ticket[rank] = settled[-1].ticket
             known = self._spans[rank]
-            newest = max(known, default=-1)
+            newest = next(reversed(known), -1)  # they are in the order of steps
             if any(r.op == Op.MARK for r in fresh) or not known:
-                known.update(
-                    {s: span for s, span in spans(_tail(ring, newest), since_step=newest).items() if s >= newest}
-                )
-            for step in sorted(s for s in known if s > newest):
-                self.deadlines.learn_step(step, known[step].duration_s)
+                fresh_spans = {s: span for s, span in spans(_tail(ring, newest), since_step=newest).items() if s >= newest}
+                known.update(fresh_spans)
+                self._judgeable_spans.pop(rank, None)
+                for step in fresh_spans:
+                    if step > newest:
+                        self.deadlines.learn_step(step, known[step].duration_s)
             while len(known) > KEPT_STEPS:
-                del known[min(known)]
+                del known[next(iter(known))]
         if not self._levels:
             self._learn_levels()
         self._feed_series()
 
     def _judgeable(self, rank: int) -> dict[int, StepSpan]:
-        """The finished steps after the warm-up."""
-        known = self._spans[rank]
-        first = max(min(known, default=0), self._since + 1)
-        return {s: span for s, span in known.items() if s >= first + self.settings.warm_up_steps}
+        """The finished steps after the warm-up, in their order."""
+        if rank not in self._judgeable_spans:
+            known = self._spans[rank]
+            first = max(next(iter(known), 0), self._since + 1) + self.settings.warm_up_steps
+            self._judgeable_spans[rank] = {s: span for s, span in known.items() if s >= first}
+        return self._judgeable_spans[rank]
+
+    def _note_done(self, rank: int, since: int, settled: Sequence[Record]) -> None:
+        """Remember up to which ticket all has ended well: no wait is looked for there again."""
+        if self._done_ticket.get(rank, -1) == since:
+            failed = next((at for at, record in enumerate(settled) if record.state is not State.DONE), len(settled))
+            self._done_ticket[rank] = settled[failed - 1].ticket if failed else since
 
     def _learn_levels(self) -> None:
         own = {rank: [s.own_s for s in self._judgeable(rank).values()] for rank in self.rings}
@@ -206,8 +223,8 @@ class Detector:
         if not self._levels:
             return
         usable = {rank: self._judgeable(rank) for rank in self._levels if rank in self.rings}
-        common = set.intersection(*(set(u) for u in usable.values())) if usable else set()
-        for step in sorted(s for s in common if s > self._fed):
+        common = set.intersection(*(set(_after(u, self._fed)) for u in usable.values())) if usable else set()
+        for step in sorted(common):
             self._fed = step
             changes = {r: max(u[step].own_s / max(self._levels[r], 1e-6), 1 / CLIP) for r, u in usable.items()}
             everybody = statistics.median_low(list(changes.values()))
@@ -248,15 +265,10 @@ class Detector:
 
     def _hung(self, now: float) -> list[Verdict]:
         unread = [rank for rank, at in self._heard_s.items() if at < now]
-        return judge_hangs(self.rings, self.topology, self.deadlines.of, unread=unread)
+        return judge_hangs(self.rings, self.topology, self.deadlines.of, unread=unread, done=self._done_ticket)
 
     def _desynchronised(self) -> list[Verdict]:
-        """What was called is judged once: while nobody calls anything, as in a hang, nothing about it changes."""
-        called = {rank: (ring.pid, ring.head, len(ring.records)) for rank, ring in self.rings.items()}
-        if called != self._called:
-            self._called, recent = called, self._recent(2)
-            self._mismatched = judge_mismatches(meetings(recent).values(), transfers(recent).values(), self.topology)
-        return self._mismatched
+        return self._encounters.mismatches(self._newest)
 
     def _slow(self) -> list[Verdict]:
         seen = {rank: self._judgeable(rank) for rank in self.rings}
@@ -271,7 +283,7 @@ class Detector:
         general: list[Verdict] = []
         found: list[Verdict] = []
         for step in range(first, newest + 1):  # more than one, where steps are short against the time between two looks
-            until = {rank: {s: span for s, span in spans.items() if s <= step} for rank, spans in seen.items()}
+            until = {rank: _until(spans, step) for rank, spans in seen.items()}
             if all(until.values()) and self._alike:
                 general = judge_stragglers(until, self.topology, levels=self._levels, rule=self.settings.rule)
                 found = [self._with_waits(v) for v in general if v.kind == Kind.SLOW_COMPUTE]
@@ -282,14 +294,15 @@ class Detector:
     def _links(self) -> list[Verdict]:
         rule = self.settings.rule
         samples = self._delays(rule.window)
-        lasted = sum(span.duration_s for step, span in sorted(self._judgeable(min(self.rings)).items())[-rule.window :])
-        return judge_links(normalised(samples, self._link_levels), self.topology, least_s=2 * rule.impact * lasted)
+        lasted = sum(span.duration_s for span in list(self._judgeable(min(self.rings)).values())[-rule.window :])
+        least_s = 2 * rule.impact * lasted
+        if not could_be_slow(samples, least_s):
+            return []
+        return judge_links(normalised(samples, self._link_levels), self.topology, least_s=least_s)
 
     def _delays(self, num_steps: int) -> list[Delay]:
-        recent = self._recent(num_steps)
-        found = meetings(recent).values()
-        first = self.settings.warm_up_steps + max(min((min(s) for s in self._spans.values() if s), default=0), self._since + 1)
-        return [d for d in delays(transfers(recent).values(), found, clock_offsets(found)) if d.step >= first]
+        first = self.settings.warm_up_steps + max(min((next(iter(s)) for s in self._spans.values() if s), default=0), self._since + 1)
+        return self._encounters.delays(self._newest - num_steps, first)
 
     def _drift(self) -> list[Verdict]:
         """Small but certain: a change point that no window would show, as long as it lasts and costs something."""
@@ -333,8 +346,12 @@ class Detector:
 
     def _recent(self, num_steps: int) -> dict[int, Ring]:
         """The rings, cut to the records of the newest steps."""
-        newest = min((ring.step for ring in self.rings.values()), default=0)
-        return {rank: _tail(ring, newest - num_steps) for rank, ring in self.rings.items()}
+        return {rank: _tail(ring, self._newest - num_steps) for rank, ring in self.rings.items()}
+
+    @property
+    def _newest(self) -> int:
+        """The newest step that all ranks have begun."""
+        return min((ring.step for ring in self.rings.values()), default=0)
 
 
 def _series(least: float) -> ChangePoints:
@@ -348,6 +365,27 @@ def _settled(records: list[Record]) -> list[Record]:
         if record.state == State.CALLED:
             return records[:at]
     return records
+
+
+def _after(by_step: dict[int, StepSpan], step: int) -> list[int]:
+    """The steps after one, of steps in their order."""
+    return list(takewhile(lambda s: s > step, reversed(by_step)))
+
+
+def _until(by_step: dict[int, StepSpan], step: int) -> dict[int, StepSpan]:
+    """The newest steps up to one, as many as are judged, of steps in their order."""
+    steps = list(by_step)
+    stop = bisect_right(steps, step)
+    return {s: by_step[s] for s in steps[max(0, stop - JUDGED_STEPS) : stop]}
+
+
+def _shortened(ring: Ring) -> Ring:
+    """The ring without records that no judgement asks for, once there are many."""
+    most, least, steps = KEPT_RECORDS
+    if len(ring.records) <= most:
+        return ring
+    old = bisect_left(ring.records, ring.step - steps, key=lambda record: record.step)
+    return replace(ring, records=ring.records[min(old, len(ring.records) - least) :])
 
 
 def _tail(ring: Ring, step: int) -> Ring:

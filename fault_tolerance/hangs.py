@@ -15,11 +15,12 @@ analyses, with the edges of every axis in one graph.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from fault_tolerance.timeline import tail_lost
+from fault_tolerance.timeline import tail_lost, ticket_of
 from fault_tolerance.verdict import Kind, Topology, Verdict
 from parallel.record import Op, Phase, Record, Ring, State
 
@@ -50,14 +51,21 @@ def judge_deaths(rings: Mapping[int, Ring], topology: Topology) -> list[Verdict]
 
 
 def judge_hangs(
-    rings: Mapping[int, Ring], topology: Topology, deadline: Callable[[Record], float], *, unread: Collection[int] = ()
+    rings: Mapping[int, Ring],
+    topology: Topology,
+    deadline: Callable[[Record], float],
+    *,
+    unread: Collection[int] = (),
+    done: Mapping[int, int] | None = None,
 ) -> list[Verdict]:
     """The cause of every wait that is over its deadline or was broken off: at most one verdict a cause.
 
     Ranks that are known to be dead are not named again, but they explain the waits for them. What a ring says that could not be
-    read of late (`unread`) may be over: nothing that ends at such a wait is judged.
+    read of late (`unread`) may be over: nothing that ends at such a wait is judged. `done`: the ticket of each rank up to which all is
+    known to have ended well.
     """
-    blocked = {rank: found for rank, ring in rings.items() if (found := blocked_in(ring))}
+    done = done or {}
+    blocked = {rank: found for rank, ring in rings.items() if (found := blocked_in(ring, done.get(rank, -1)))}
     overdue = {rank for rank, (r, waited_s) in blocked.items() if r.state == State.FAILED or waited_s > deadline(r)}
     if not overdue:
         return []
@@ -75,11 +83,14 @@ def judge_hangs(
     return [_out_of_order(circle, waits, rings, topology)] if circle else []
 
 
-def blocked_in(ring: Ring) -> tuple[Record, float] | None:
-    """The operation a rank blocks in, its oldest open wait or else the one that threw it out, and for how many seconds."""
+def blocked_in(ring: Ring, done: int = -1) -> tuple[Record, float] | None:
+    """The operation a rank blocks in, its oldest open wait or else the one that threw it out, and for how many seconds; looked for
+    among those after the ticket `done`.
+    """
     if ring.dead:
         return None
-    tail = [r for r in ring.records[-TAIL:] if r.state is not State.DONE]
+    start = max(len(ring.records) - TAIL, bisect_right(ring.records, done, key=ticket_of))
+    tail = [r for r in ring.records[max(0, start) :] if r.state is not State.DONE]
     blocked = [r for r in tail if r.open and r.wait_ns]
     failed = [r for r in tail if r.state == State.FAILED]
     if not blocked and not failed:
@@ -184,7 +195,7 @@ def _long_silent(ring: Ring, longest: Wait, deadline: Callable[[Record], float])
     """Whether a rank has been at nothing known for long: a wait may be long because of somebody who is back already, and
     a rank that said it evaluates or compiles may keep the others waiting for that phase's patience."""
     if ring.phase not in (Phase.TRAIN, Phase.IDLE):
-        return _silent_s(ring) >= deadline(replace(longest.record, phase=ring.phase))
+        return _silent_s(ring) >= deadline(longest.record._replace(phase=ring.phase))
     share = 0.25 if longest.record.state == State.FAILED else 0.8
     return _silent_s(ring) >= share * deadline(longest.record)
 

@@ -45,16 +45,21 @@ class Delay:
 
 def delays(transfers: Iterable[Transfer], meetings: Iterable[Meeting], offsets: Mapping[int, int]) -> list[Delay]:
     """The samples in these records: messages that were really waited for, and finished collectives of training."""
-    out = [d for t in transfers if (d := _of_transfer(t, offsets))]
-    for meeting in meetings:
-        any_record = next(iter(meeting.came.values()))
-        if meeting.complete and len(meeting.ranks) > 1 and any_record.phase == Phase.TRAIN:
-            like = ("collective", any_record.op, any_record.bytes, len(meeting.ranks))
-            out.append(Delay(meeting.ranks, like, meeting.wire_s, any_record.step))
-    return out
+    found = (delay_of_message(t, offsets) for t in transfers), (delay_of_meeting(m) for m in meetings if m.complete)
+    return [delay for some in found for delay in some if delay is not None]
 
 
-def _of_transfer(transfer: Transfer, offsets: Mapping[int, int]) -> Delay | None:
+def delay_of_meeting(meeting: Meeting) -> Delay | None:
+    """How long a collective took that is complete. None outside training."""
+    any_record = meeting.came[min(meeting.came)]
+    if len(meeting.ranks) < 2 or any_record.phase != Phase.TRAIN:
+        return None
+    like = ("collective", any_record.op, any_record.bytes, len(meeting.ranks))
+    return Delay(meeting.ranks, like, meeting.wire_s, any_record.step)
+
+
+def delay_of_message(transfer: Transfer, offsets: Mapping[int, int]) -> Delay | None:
+    """How long a message was under way. None where that is not known, or outside training."""
     sent, received = transfer.sent, transfer.received
     if sent is None or received is None or received.state != State.DONE or received.phase != Phase.TRAIN:
         return None
@@ -95,6 +100,14 @@ def normalised(
 
 def _lower_quarter(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 4]
+
+
+def could_be_slow(samples: Iterable[Delay], least_s: float) -> bool:
+    """False where nothing took long enough, all samples of some ends together, for `judge_links` to find it slow by `least_s`."""
+    totals: defaultdict[tuple[Ends, Hashable], float] = defaultdict(float)
+    for sample in samples:
+        totals[sample.ends, sample.like] += sample.seconds
+    return any(total >= 0.75 * least_s for total in totals.values())  # of the lower quarter's sample, three quarters are no shorter
 
 
 def levels(samples: Iterable[Delay]) -> dict[tuple[Ends, Hashable], float]:

@@ -21,7 +21,10 @@ import statistics
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement, pairwise
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
 
 from fault_tolerance.timeline import Meeting, StepSpan
 from fault_tolerance.verdict import Kind, Topology, Verdict
@@ -56,7 +59,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One rank over a window: seconds of own time, of its reference, and of its step; the share of steps over it; whom it was
+    """One rank over a window: seconds of own time, of its reference, and of its step; the share of steps over it, if the middle is; whom it was
     compared with, and by how much less than in one step noise shows in the ratio."""
 
     rank: int
@@ -93,12 +96,13 @@ def judge_stragglers(
         if not suspected and window not in (rule.windows[0], rule.windows[-1]):
             continue  # a longer window makes sure of what the newest steps show
         seen = {rank: newest(by_step, steps, window) for rank, by_step in spans.items()}
-        peers, past = _measures(seen, topology, levels, rule.least(window))
+        middles = {rank: middle_s(mine) for rank, mine in seen.items() if mine}
+        peers, past = _measures(seen, middles, topology, levels, rule.least(window))
         slow = _slow(peers, past, topology, noise, rule, rule.least(window))
         if slow:
             return _by_node(slow, steps, topology)
         suspected = suspected or any(m.ratio >= rule.ratio for m in (*peers.values(), *past.values()))
-        general = general or _everybody(seen, steps, levels, rule) or _wandering(spans, steps, topology, rule)
+        general = general or _everybody(middles, steps, levels, rule) or _wandering(spans, steps, topology, rule)
     return general
 
 
@@ -128,10 +132,9 @@ def noise_of(by_step: Mapping[int, StepSpan], *, last: int = 40) -> float:
 
 
 def _measures(
-    seen: Spans, topology: Topology, levels: Mapping[int, float], least: float
+    seen: Spans, middles: Mapping[int, float], topology: Topology, levels: Mapping[int, float], least: float
 ) -> tuple[dict[int, Measure], dict[int, Measure]]:
     """Each rank beside its peers, and beside its own past, where there is something to compare it with."""
-    middles = {rank: middle_s(mine) for rank, mine in seen.items() if mine}
     peers = {rank: m for rank in seen if (m := against_peers(rank, seen, middles, topology, least))}
     past = {rank: m for rank in seen if (m := against_past(rank, seen, middles, levels, least))}
     return peers, past
@@ -152,7 +155,15 @@ def _slow(
 
 def middle_s(mine: Mapping[int, StepSpan]) -> float:
     """The middle of a rank's own times: the median of the means of all pairs of them."""
-    return statistics.median((a + b) / 2 for a, b in combinations_with_replacement([s.own_s for s in mine.values()], 2))
+    own = np.array([span.own_s for span in mine.values()])
+    pairs = np.sort(np.add.outer(own, own)[_pairs(len(own))]) / 2
+    return float(pairs[(len(pairs) - 1) // 2] + pairs[len(pairs) // 2]) / 2
+
+
+@cache
+def _pairs(num: int) -> np.ndarray:
+    """Which of all pairs (i, j) have i <= j."""
+    return np.tri(num, dtype=bool)
 
 
 def last_step(spans: Spans) -> int:
@@ -185,8 +196,8 @@ def against_peers(
     if not seen[rank] or not others:
         return None
     reference = statistics.median_low([middles[peer] for peer in others])
-    each = {}
-    for step in seen[rank]:
+    each: dict[int, float] = {}
+    for step in seen[rank] if middles[rank] > half(least) * reference else ():
         at_step = [seen[p][step].own_s for p in others if step in seen[p]]
         each[step] = statistics.median_low(at_step) if at_step else reference
     blur = BLUNT / math.sqrt(len(seen[rank]))
@@ -200,11 +211,11 @@ def against_past(
     known = [r for r in seen if levels.get(r, 0) > 0 and seen[r]]
     if rank not in known or len(known) < 2:
         return None
-    each = {}
-    for step in seen[rank]:
+    reference = levels[rank] * statistics.median_low([middles[r] / levels[r] for r in known])
+    each: dict[int, float] = {}
+    for step in seen[rank] if middles[rank] > half(least) * reference else ():
         changes = [seen[r][step].own_s / levels[r] for r in known if step in seen[r]]
         each[step] = levels[rank] * statistics.median_low(changes)
-    reference = levels[rank] * statistics.median_low([middles[r] / levels[r] for r in known])
     blur = BLUNT * math.sqrt(1 / len(seen[rank]) + 1 / LEARNT_STEPS)  # the level is a middle, too
     others = tuple(r for r in known if r != rank)
     return _measure(rank, middles[rank], reference, each, seen[rank], others, blur, least, "its own past")
@@ -240,7 +251,7 @@ def _measure(
 ) -> Measure:
     over = [mine[step].own_s > half(least) * usual for step, usual in each.items()]
     step_s = statistics.median(span.duration_s for span in mine.values())
-    return Measure(rank, middle, reference, step_s, sum(over) / len(over), others, blur, against)
+    return Measure(rank, middle, reference, step_s, sum(over) / len(over) if over else 0.0, others, blur, against)
 
 
 def _too_slow(m: Measure, noise: Noise, rule: Rule, least: float) -> bool:
@@ -289,8 +300,8 @@ def _by_node(slow: Mapping[int, Measure], steps: Sequence[int], topology: Topolo
     return out
 
 
-def _everybody(seen: Spans, steps: Sequence[int], levels: Mapping[int, float], rule: Rule) -> list[Verdict]:
-    known = [(middle_s(mine), levels[r]) for r, mine in seen.items() if levels.get(r, 0) > 0 and mine]
+def _everybody(middles: Mapping[int, float], steps: Sequence[int], levels: Mapping[int, float], rule: Rule) -> list[Verdict]:
+    known = [(middle, levels[r]) for r, middle in middles.items() if levels.get(r, 0) > 0]
     if len(known) < 2:
         return []
     ratio = statistics.median_low([own / level for own, level in known])
@@ -305,7 +316,9 @@ def _everybody(seen: Spans, steps: Sequence[int], levels: Mapping[int, float], r
 def _wandering(spans: Spans, steps: Sequence[int], topology: Topology, rule: Rule) -> list[Verdict]:
     """Somebody holds up most steps by twice the rule, but nobody does so twice as often as another."""
     slowest: list[int] = []
-    for step in steps:
+    for number, step in enumerate(steps):
+        if number - len(slowest) > 0.2 * len(steps):
+            return []  # too few can follow
         ratios = {}
         for rank in spans:
             others = [spans[p][step].own_s for p in topology.peers(rank) if p in spans and step in spans[p]]

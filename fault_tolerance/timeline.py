@@ -22,6 +22,7 @@ from itertools import pairwise
 from parallel.record import Op, Phase, Record, Ring, State
 
 KEPT = 12_000  # records a rank; more than any window needs
+Ahead = tuple[tuple[int, int], int]  # (rank, other rank), by how many ns the other's clock is ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +210,24 @@ def transfers(rings: Mapping[int, Ring]) -> dict[tuple[int, int, int, int], Tran
 
 def clock_offsets(found: Iterable[Meeting]) -> dict[int, int]:
     """How far each rank's clock is ahead of the lowest rank's, in ns, for ranks joined by finished collectives."""
+    return offsets(pair for meeting in found if meeting.complete for pair in ahead_of_first(meeting))
+
+
+def ahead_of_first(meeting: Meeting) -> tuple[Ahead, ...]:
+    """How far the clocks of a complete meeting are ahead of the lowest rank's; empty where its members do not end it together."""
+    if len(meeting.ranks) < 2 or _rooted(meeting):
+        return ()
+    first = min(meeting.ranks)
+    end_ns = meeting.came[first].end_ns
+    return tuple(((first, rank), meeting.came[rank].end_ns - end_ns) for rank in meeting.ranks)
+
+
+def offsets(found: Iterable[Ahead]) -> dict[int, int]:
+    """How far each rank's clock is ahead of the lowest rank's, by the medians of what meetings say."""
     differences: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for meeting in found:
-        if meeting.complete and len(meeting.ranks) > 1 and not _rooted(meeting):
-            first = min(meeting.ranks)
-            for rank in meeting.ranks:
-                differences[first, rank].append(meeting.came[rank].end_ns - meeting.came[first].end_ns)
-    links = {pair: int(statistics.median(values)) for pair, values in differences.items()}
-    return _spread(links)
+    for pair, ahead_ns in found:
+        differences[pair].append(ahead_ns)
+    return _spread({pair: int(statistics.median(values)) for pair, values in sorted(differences.items())})
 
 
 def _spread(links: Mapping[tuple[int, int], int]) -> dict[int, int]:

@@ -19,7 +19,10 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
+from operator import itemgetter
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +32,7 @@ HEADER_BYTES = 256
 HEADER = struct.Struct("<QIIiIQqqQIIqII")
 SEEN_AT = 128  # what a reader adds to its copy of the header:
 SEEN = struct.Struct("<qqc")  # when it read, the processor time of the rank so far, the state of its process
+SLOT_FORM = struct.Struct("<QIIiBBBBQIIqqq")
 SLOT = np.dtype(
     [("stamp", "<u8"), ("group", "<u4"), ("seq", "<u4"), ("peer", "<i4"), ("op", "u1"), ("dtype", "u1")]
     + [("state", "u1"), ("phase", "u1"), ("bytes", "<u8"), ("shape", "<u4"), ("step", "<u4")]
@@ -87,8 +91,7 @@ class Phase(IntEnum):
     IDLE = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One operation of one rank. `peer` is a world rank: the other end of a transfer, or the root; -1 where none.
 
     `seq` counts the collectives of a group, or the transfers of a pair in one direction, so that records of different
@@ -169,10 +172,10 @@ def decode(data: bytes | bytearray | memoryview) -> Ring:
         HEADER.unpack_from(data)
     )
     read_ns, cpu_ns, process = SEEN.unpack_from(data, SEEN_AT)
-    groups = _groups(bytes(data[HEADER_BYTES : HEADER_BYTES + min(used, table_bytes)]))
+    groups = _groups(bytes(data[HEADER_BYTES : HEADER_BYTES + min(used, table_bytes)]))  # nearly always those of the reading before
     start = HEADER_BYTES + table_bytes
     count = min(slots, max(0, len(data) - start) // SLOT.itemsize)
-    records = _records(np.frombuffer(data, SLOT, count, start), groups)
+    records = _records(memoryview(data)[start : start + count * SLOT.itemsize], groups)
     latest = max([mark, monotonic] + [max(r.call_ns, r.end_ns) for r in records[-64:]])
     return Ring(
         rank=rank,
@@ -186,7 +189,7 @@ def decode(data: bytes | bytearray | memoryview) -> Ring:
         realtime_offset_ns=realtime - monotonic,
         cpu_ns=cpu_ns,
         process=process.decode("ascii", "replace") if process != b"\0" else "?",
-        groups=MappingProxyType(groups),
+        groups=groups,
         records=records,
     )
 
@@ -202,7 +205,8 @@ def group_line(group: Group) -> str:
     return json.dumps({"id": group.id, "name": group.name, "ranks": told}, separators=(",", ":"))
 
 
-def _groups(table: bytes) -> dict[int, Group]:
+@lru_cache(maxsize=1024)
+def _groups(table: bytes) -> Mapping[int, Group]:
     groups = {}
     for line in table.split(b"\n")[:-1]:
         told = json.loads(line)
@@ -210,7 +214,7 @@ def _groups(table: bytes) -> dict[int, Group]:
         if isinstance(ranks, dict):
             ranks = range(ranks["first"], ranks["first"] + ranks["step"] * ranks["count"], ranks["step"])
         groups[told["id"]] = Group(told["id"], told["name"], tuple(ranks))
-    return groups
+    return MappingProxyType(groups)
 
 
 _OPS = {int(op): op for op in Op}
@@ -222,28 +226,28 @@ def _phase(number: int) -> Phase:
     return _PHASES.get(number, Phase.IDLE)
 
 
-def _records(slots: np.ndarray, groups: Mapping[int, Group]) -> tuple[Record, ...]:
-    slots = slots[(slots["stamp"] > 0) & (slots["call"] > 0) & np.isin(slots["op"], list(_OPS))]
-    slots = slots[np.argsort(slots["stamp"], kind="stable")]
-    return tuple(_record(slot, groups) for slot in slots.tolist())
+def _records(slots: memoryview, groups: Mapping[int, Group]) -> tuple[Record, ...]:
+    """In plain Python: a reading has few slots, and for each array operation there would be more to do than for a slot."""
+    found = [_record(slot, groups) for slot in SLOT_FORM.iter_unpack(slots) if slot[0] > 0 and slot[11] > 0 and slot[4] in _OPS]
+    return tuple(sorted(found, key=itemgetter(0)))
 
 
 def _record(slot: tuple[int, ...], groups: Mapping[int, Group]) -> Record:
     stamp, group, seq, peer, op, dtype, state, phase, size, shape, step, call, wait, end = slot
     members = groups[group].ranks if group in groups else ()
     return Record(
-        ticket=stamp - 1,
-        group=group,
-        seq=seq,
-        op=_OPS[op],
-        peer=members[peer] if 0 <= peer < len(members) else -1,
-        dtype=dtype,
-        bytes=size,
-        shape=shape,
-        state=_STATES.get(state, State.FAILED),
-        phase=_phase(phase),
-        step=step,
-        call_ns=call,
-        wait_ns=wait,
-        end_ns=end,
+        stamp - 1,
+        group,
+        seq,
+        _OPS[op],
+        members[peer] if 0 <= peer < len(members) else -1,
+        dtype,
+        size,
+        shape,
+        _STATES.get(state, State.FAILED),
+        _phase(phase),
+        step,
+        call,
+        wait,
+        end,
     )

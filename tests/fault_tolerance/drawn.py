@@ -12,7 +12,7 @@ import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 from parallel.layout import Layout
@@ -89,7 +89,7 @@ class Drawing:
             gapless = False
             if record is not None:
                 wait = record.wait_ns if event.wait <= at else 0
-                records.append(record if done else replace(record, state=State.CALLED, wait_ns=wait, end_ns=0))
+                records.append(record if done else record._replace(state=State.CALLED, wait_ns=wait, end_ns=0))
         return Ring(
             rank=rank,
             pid=100 + rank,

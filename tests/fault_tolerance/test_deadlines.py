@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from fault_tolerance.deadlines import Deadlines, Patience
@@ -31,7 +29,7 @@ def learnt(*, step_s: float = 0.1, seconds: float = 0.02, steps: int = 10) -> De
     deadlines = Deadlines()
     for step in range(steps):
         deadlines.learn_step(step, step_s)
-    deadlines.learn([replace(DONE, end_ns=1 + int(seconds * 1e9))] * 20)
+    deadlines.learn([DONE._replace(end_ns=1 + int(seconds * 1e9))] * 20)
     return deadlines
 
 
@@ -42,7 +40,7 @@ def test_nothing_is_late_before_it_is_known_what_is_usual():
 
 def test_a_short_operation_has_the_floor_and_an_unknown_one_the_ceiling():
     assert learnt().of(DONE) == Patience().floor_s
-    assert learnt().of(replace(DONE, bytes=1 << 30)) == Patience().ceiling_s
+    assert learnt().of(DONE._replace(bytes=1 << 30)) == Patience().ceiling_s
 
 
 @pytest.mark.parametrize(("step_s", "seconds"), [(0.1, 0.02), (2.0, 1.5), (10.0, 9.0), (60.0, 1.0), (60.0, 50.0)])
@@ -54,4 +52,4 @@ def test_a_hang_is_never_unseen_for_longer_than_15_s_or_three_steps(step_s, seco
 
 @pytest.mark.parametrize("phase", [Phase.EVALUATE, Phase.CHECKPOINT, Phase.COMPILE, Phase.START])
 def test_what_is_no_training_has_the_patience_of_its_phase(phase):
-    assert learnt().of(replace(DONE, phase=phase)) == Patience().of(phase) >= 600
+    assert learnt().of(DONE._replace(phase=phase)) == Patience().of(phase) >= 600
