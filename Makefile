@@ -37,7 +37,7 @@ train: $(STAMP)  ## train the default model: RUN='model=20m ...' overrides anyth
 test: $(STAMP)  ## all tests, in two lanes (tests/conftest.py): TESTS=tests/parallel for some
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(TESTS)
 
-test-fast: $(STAMP)  ## the quick tests, which start no cluster: a minute and a half on two cores
+test-fast: $(STAMP)  ## what to run after every edit: under a minute on two cores, starts no cluster
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not cluster" $(TESTS)
 
 lint: $(STAMP)  ## ruff and mypy

@@ -7,9 +7,8 @@ import ast
 import functools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = ("parallel", "fault_tolerance", "framework", "launch")
@@ -41,41 +40,51 @@ PURE = (  # files that think, and therefore must be testable without torch
 FILES = sorted(path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 
 
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What the rules ask of a file; its syntax tree is not kept."""
+
+    header: str | None
+    imports: tuple[str, ...]
+    at_top: tuple[str, ...]  # only what importing the file itself imports
+
+
 @functools.cache
-def imports(file: Path, *, at_top: bool = False) -> tuple[str, ...]:
-    """The modules that a file imports; `at_top`: only those that importing the file itself imports."""
+def read(file: Path) -> Read:
+    tree = ast.parse((ROOT / file).read_text())
+    return Read(ast.get_docstring(tree), tuple(imports(tree)), tuple(imports(tree, at_top=True)))
 
-    def walk(node: ast.AST) -> Iterator[str]:
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield str(node.module)
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
-        if at_top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            return
-        for child in ast.iter_child_nodes(node):
-            yield from walk(child)
 
-    return tuple(walk(ast.parse((ROOT / file).read_text())))
+def imports(node: ast.AST, *, at_top: bool = False) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield str(node.module)
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return
+    if at_top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):  # no expression imports anything
+            yield from imports(child, at_top=at_top)
 
 
 def module(file: Path) -> str:
     return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_nothing_imports_upward(file):
-    floor = FLOORS.index(file.parts[0])
-    above = {name for name in imports(file) if name.split(".")[0] in FLOORS[floor + 1 :]}
-    assert not above, f"{file} is on floor {FLOORS[floor]}"
+def test_nothing_imports_upward():
+    for file in FILES:
+        floor = FLOORS.index(file.parts[0])
+        above = {name for name in read(file).imports if name.split(".")[0] in FLOORS[floor + 1 :]}
+        assert not above, f"{file} is on floor {FLOORS[floor]}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_outside_libraries_come_in_through_their_doors(file):
-    for library in {name.split(".")[0] for name in imports(file)} & DOORS.keys():
-        assert re.fullmatch(DOORS[library], file.as_posix()), f"{library} may be imported by {DOORS[library]} only"
+def test_outside_libraries_come_in_through_their_doors():
+    for file in FILES:
+        for library in {name.split(".")[0] for name in read(file).imports} & DOORS.keys():
+            assert re.fullmatch(DOORS[library], file.as_posix()), f"{file}: {library} may be imported by {DOORS[library]} only"
 
 
 HEAVY = ("torch", "ray", "deepspeed", "wandb")
@@ -88,7 +97,7 @@ def heavy_of(name: str) -> dict[str, str]:
     seen, queue = {name}, [name]
     while queue:
         here = queue.pop()
-        for found in imports(known[here], at_top=True):
+        for found in read(known[here]).at_top:
             if found.split(".")[0] in HEAVY:
                 heavy.setdefault(found.split(".")[0], here)
             if found in known and found not in seen:
@@ -110,7 +119,7 @@ def test_the_process_that_was_typed_never_loads_torch():
 
 def test_no_imports_go_round_in_a_circle():
     known = {module(file) for file in FILES}
-    edges = {module(file): {name for name in imports(file, at_top=True) if name in known} for file in FILES}
+    edges = {module(file): {name for name in read(file).at_top if name in known} for file in FILES}
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -124,6 +133,5 @@ def test_no_imports_go_round_in_a_circle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_every_file_says_what_it_is(file):
-    assert ast.get_docstring(ast.parse((ROOT / file).read_text())), f"{file} has no header"
+def test_every_file_says_what_it_is():
+    assert [str(file) for file in FILES if not read(file).header] == [], "files without a header"

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fault_tolerance.catalogue import Snapshot, catalogue
@@ -36,7 +36,7 @@ def version(plan, step, *, data=True, parity=None, bad=(), state="protected", me
     }
 
 
-@pytest.mark.parametrize(("nodes", "tolerate"), [(2, 1), (4, 1), (4, 2), (5, 3), (6, 2)])
+@pytest.mark.parametrize(("nodes", "tolerate"), [(2, 1), (4, 2), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((4, 1), (5, 3), (6, 2)))])
 def test_every_pattern_of_up_to_m_losses_is_listed_and_no_other(nodes, tolerate):
     plan = plan_of("2x2x2", nodes, tolerate)
     everything = [inventory(plan, node, [version(plan, 7)]) for node in plan.nodes]
@@ -55,7 +55,6 @@ def test_every_pattern_of_up_to_m_losses_is_listed_and_no_other(nodes, tolerate)
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
 def test_any_set_of_blocks_is_judged_as_brute_force_does(data):
     plan = plan_of("2x2x2", 5, 2)
     group = plan.groups[0]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
 from fault_tolerance.changepoint import Change, ChangePoints
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def series(seed: int, noise: float, factor: float, *, before: int = 80, after: int = 50) -> list[float]:
@@ -19,7 +23,7 @@ def changes(values: list[float], **options: float) -> list[tuple[int, Change]]:
     return [(at, change) for at, value in enumerate(values) if (change := points.add(value))]
 
 
-@pytest.mark.parametrize("factor", [1.1, 1.2, 1.5, 2.0, 0.8])
+@pytest.mark.parametrize("factor", [1.1, slow(1.2), slow(1.5), slow(2.0), 0.8])
 def test_a_new_level_is_found_within_a_few_samples(factor):
     for seed in range(20):
         ((at, change),) = changes(series(seed, 0.02, factor))
@@ -28,7 +32,7 @@ def test_a_new_level_is_found_within_a_few_samples(factor):
         assert change.ratio == pytest.approx(factor, rel=0.04)
 
 
-@pytest.mark.parametrize("noise", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("noise", [slow(0.01), 0.05, slow(0.2)])
 def test_noise_alone_is_no_change(noise):
     assert sum(len(changes(series(seed, noise, 1.0, after=120))) for seed in range(20)) == 0
 

@@ -7,14 +7,14 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fault_tolerance import crc, gf256, isal
 from fault_tolerance.codec import BACKENDS, Codec, as_bytes, choose, crc32c
 
 HERE = [name for name in BACKENDS if name == "numpy" or isal.load()[0] is not None]
-SMALL = [(k, m) for k in range(1, 9) for m in range(1, 5)]
+SMALL = [pytest.param(k, m, marks=[pytest.mark.slow] * (k > 4 or m > 2)) for k in range(1, 9) for m in range(1, 5)]
 
 
 def blocks(codec: Codec, length: int, *, seed: int = 0, offset: int = 0) -> list[np.ndarray]:
@@ -46,7 +46,6 @@ def test_every_pattern_of_up_to_m_losses_is_decoded(k: int, m: int, backend: str
 
 
 @pytest.mark.parametrize("backend", HERE)
-@settings(max_examples=40, deadline=None)
 @given(data=st.data(), k=st.integers(1, 254), length=st.integers(0, 700), offset=st.integers(0, 9))
 def test_random_codes_up_to_255_blocks_odd_lengths_and_alignments(data, backend, k, length, offset) -> None:
     m = data.draw(st.integers(1, 255 - k).filter(lambda m: m <= 20 or k < 40), label="m") if k < 254 else 1
@@ -57,7 +56,7 @@ def test_random_codes_up_to_255_blocks_odd_lengths_and_alignments(data, backend,
 
 
 @pytest.mark.skipif(len(HERE) < 2, reason="ISA-L is not on this machine")
-@pytest.mark.parametrize("length", [0, 1, 7, 31, 64, 65, 4097, 100_003])
+@pytest.mark.parametrize("length", [0, 1, 7, 31, 64, 65, 4097, pytest.param(100_003, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("k", "m"), [(1, 1), (1, 3), (4, 1), (4, 2), (8, 4), (6, 3), (10, 9), (200, 55)])
 def test_both_backends_make_the_same_bytes(k: int, m: int, length: int) -> None:
     if k == 200 and length > 5000:
@@ -195,7 +194,6 @@ def test_crc32c_known_answers_and_chaining(backend: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(len(HERE) < 2, reason="ISA-L is not on this machine")
-@settings(max_examples=50, deadline=None)
 @given(length=st.integers(0, 20_000), offset=st.integers(0, 7), seed=st.integers(0, 2**32 - 1))
 def test_crc32c_of_both_backends_agree(length: int, offset: int, seed: int) -> None:
     data = np.random.default_rng(length).integers(0, 256, length + offset, np.uint8)[offset:]

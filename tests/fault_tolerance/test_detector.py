@@ -40,13 +40,13 @@ def from_step(rank: int, onset: int, factor: float) -> Callable[[int, int], floa
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("jitter", [0.02, 0.1])
+@pytest.mark.parametrize("jitter", [slow(0.02), 0.1])
 def test_a_healthy_run_gets_no_verdict(layout, jitter):
     assert watch(draw(training(Layout.parse(layout), steps=40, jitter=jitter)), layout) == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("factor", [1.3, 2.0, 5.0])
+@pytest.mark.parametrize("factor", [1.3, slow(2.0), slow(5.0)])
 def test_a_straggler_is_named_within_ten_steps(layout, factor):
     dice = random.Random(f"{layout} {factor}")
     rank, onset = dice.randrange(Layout.parse(layout).world), dice.randrange(13, 20)
@@ -88,8 +88,10 @@ def test_a_rank_that_was_slow_from_the_start_is_named_by_its_peers(layout):
     assert [(v.kind, v.ranks) for _, v in found] == [(Kind.SLOW_COMPUTE, (2,))]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
-@pytest.mark.parametrize("layout", ["2x2x1", "4x1x1", slow("4x2x1")])
+@pytest.mark.parametrize(
+    ("layout", "schedule"),
+    [("2x2x1", "1f1b"), ("4x1x1", "interleaved"), slow("2x2x1", "interleaved"), slow("4x1x1", "1f1b"), slow("4x2x1", "1f1b"), slow("4x2x1", "interleaved")],
+)
 def test_unequal_stages_and_bubbles_blame_nobody(layout, schedule):
     programs = training(
         Layout.parse(layout), steps=30, schedule=schedule, work=lambda stage: (3 + 4 * (stage % 3)) * MS
@@ -97,8 +99,9 @@ def test_unequal_stages_and_bubbles_blame_nobody(layout, schedule):
     assert watch(draw(programs), layout) == []
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
-@pytest.mark.parametrize("rank", [0, slow(1), slow(2), 3])
+@pytest.mark.parametrize(
+    ("rank", "schedule"), [(3, "1f1b"), (0, "interleaved"), *(slow(rank, "1f1b") for rank in (0, 1, 2)), *(slow(rank, "interleaved") for rank in (1, 2, 3))]
+)
 def test_a_straggler_in_an_unequal_pipeline_is_named_and_not_its_victims(schedule, rank):
     programs = training(
         Layout.parse("4x1x1"),
@@ -155,7 +158,7 @@ def test_all_ranks_of_a_slow_machine_are_named_together():
     assert [(v.kind, v.ranks, v.nodes) for _, v in found] == [(Kind.SLOW_COMPUTE, (2, 3), ("b",))]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *map(slow, range(2, 6))])
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 6))])
 def test_a_fifth_of_the_records_may_be_lost(seed):
     rank = seed % 4
     quiet = training(Layout.parse("2x2x1"), steps=40, seed=seed)
@@ -165,7 +168,7 @@ def test_a_fifth_of_the_records_may_be_lost(seed):
     assert found and {(v.kind, v.ranks) for _, v in found} == {(Kind.SLOW_COMPUTE, (rank,))}
 
 
-@pytest.mark.parametrize("layout", ["1x4x1", "2x2x1", "4x1x1"])
+@pytest.mark.parametrize("layout", ["1x4x1", slow("2x2x1"), slow("4x1x1")])
 def test_a_drift_of_a_tenth_is_found(layout):
     programs = training(Layout.parse(layout), steps=60, slow=from_step(1, 30, 1.1), jitter=0.02)
     found = watch(draw(programs), layout)
@@ -174,7 +177,7 @@ def test_a_drift_of_a_tenth_is_found(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lost", [0.0, 0.2])
+@pytest.mark.parametrize("lost", [0.0, slow(0.2)])
 def test_who_never_came_is_named_through_all_axes(layout, lost):
     world = Layout.parse(layout).world
     for seed in range(4):
@@ -214,9 +217,12 @@ def test_a_rank_may_keep_others_waiting_if_it_said_why(phase):
         pause = [("mark", step, phase), ("compute", 40.0), ("mark", step, Phase.TRAIN)]
         return pause if rank == 0 else []
 
-    assert watch(draw(training(Layout.parse("2x2x1"), steps=20, before=before)), "2x2x1") == []
+    assert watch(draw(training(Layout.parse("2x2x1"), steps=20, before=before)), "2x2x1", every_s=0.5) == []
+
+
+def test_a_rank_that_keeps_others_waiting_and_does_not_say_why_hangs():
     silent = lambda rank, step: [("compute", 40.0)] if rank == 0 and step == 12 else []  # noqa: E731
-    found = watch(draw(training(Layout.parse("2x2x1"), steps=20, before=silent)), "2x2x1")
+    found = watch(draw(training(Layout.parse("2x2x1"), steps=20, before=silent)), "2x2x1", every_s=0.5)
     assert (Kind.HANG, (0,)) in [(v.kind, v.ranks) for _, v in found]
 
 
@@ -293,7 +299,7 @@ def test_a_skipped_collective_is_a_mismatch_though_all_look_alike():
 SLOW = 12 * MS
 
 
-@pytest.mark.parametrize("link", [(1, 3), (3, 1), (0, 2)])
+@pytest.mark.parametrize("link", [(1, 3), slow((3, 1)), slow((0, 2))])
 def test_a_slow_way_is_a_cell(link):
     def wire(ends, size, step):
         return SLOW if ends == link and step >= 14 else 1 * MS

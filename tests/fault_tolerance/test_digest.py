@@ -61,7 +61,7 @@ def tile(box: Box, chooser: random.Random, depth: int) -> list[Box]:
     return [part for half in halves for part in tile(half, chooser, depth - 1)]
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(0, 9), max_size=4).map(tuple),
     dtype=st.sampled_from(DTYPES),
@@ -104,7 +104,7 @@ def test_the_definition_has_not_changed() -> None:
 
 
 @pytest.mark.parametrize("way", ["C"], indirect=True)
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple),
     long=st.integers(1, 2500),
@@ -128,6 +128,7 @@ def test_the_kernel_gives_numpys_number_for_any_width_strides_box_length_and_ali
     assert digest(array, name="param/w", box=box) == reference(array, name="param/w", box=box)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["C"], indirect=True)
 def test_without_the_wide_instructions_the_kernel_gives_the_same(tmp_path) -> None:
     if shutil.which("cc") is None:
@@ -137,6 +138,7 @@ def test_without_the_wide_instructions_the_kernel_gives_the_same(tmp_path) -> No
     assert believed(plain) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["C"], indirect=True)
 def test_a_library_that_computes_something_else_is_not_believed(tmp_path) -> None:
     if shutil.which("cc") is None:
@@ -162,10 +164,10 @@ def test_large_dimensions_are_cut_without_a_seam(shape: tuple[int, ...], monkeyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_single_bit_flip_changes_it(dtype: str) -> None:
-    array = some((4, 5), dtype)
+    array = some((2, 3), dtype)
     before, bits = whole(array), 1 if dtype == "bool" else array.dtype.itemsize * 8
-    raw = array.view(np.uint8).reshape(20, -1)
-    for element in range(20):
+    raw = array.view(np.uint8).reshape(6, -1)
+    for element in range(6):
         for bit in range(bits):
             raw[element, bit // 8] ^= 1 << bit % 8
             assert whole(array) != before
@@ -176,7 +178,7 @@ def test_every_single_bit_flip_changes_it(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_a_swap_of_a_number_and_its_negative_changes_it(dtype: str) -> None:
     """Their bits differ by 2^63 in float64, and weights by an even number: without the spreading f this goes unseen."""
-    for i in range(1, 2000):
+    for i in range(1, 2000, 5):
         array = np.zeros(2001, dtype)
         array[0], array[i] = 1.5, -1.5
         before = whole(array)
@@ -184,7 +186,7 @@ def test_a_swap_of_a_number_and_its_negative_changes_it(dtype: str) -> None:
         assert whole(array) != before
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**31), st.data())
 def test_swapped_elements_rows_and_blocks_change_it(seed: int, data: st.DataObject) -> None:
     array = some((8, 8), "float32", seed)

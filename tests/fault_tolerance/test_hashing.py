@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fault_tolerance import hashing
@@ -27,7 +27,6 @@ def kernel() -> Kernel:
     return found
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.one_of(st.integers(0, 300), st.integers(900, 1100), st.integers(2000, 9000)), min_size=1, max_size=12), at=st.integers(0, 9))
 def test_units_of_any_size_anywhere_hash_as_the_library_does(kernel: Kernel, sizes: list[int], at: int) -> None:
     offsets = np.cumsum([at, *sizes], dtype=np.int64)
@@ -43,6 +42,7 @@ def test_data_that_does_not_end_where_its_units_do_is_refused(kernel: Kernel) ->
         kernel(np.zeros(600, np.uint8)[::2], np.array([0, 300]))
 
 
+@pytest.mark.slow
 def test_the_plain_loop_is_believed_and_a_wrong_one_is_not(tmp_path: Path) -> None:
     for number, (change, flags, good) in enumerate([(("x", "x"), ["-DPLAIN"], True), (("0x7e,", "0x7f,"), [], False)]):
         source, library = tmp_path / f"{number}.c", tmp_path / f"{number}.so"

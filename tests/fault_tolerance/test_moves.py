@@ -31,7 +31,7 @@ def node_memory(plan, state):
     chunk=st.sampled_from([64, 192, 4096, 1 << 20]),
     batch=st.sampled_from([4000, 1 << 25]),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 def test_moving_equals_slicing_for_any_two_layouts(old, new, nodes, chunk, batch):
     plan, atlas = plan_of(old, nodes, tolerate=nodes // 2, chunk_bytes=chunk), atlas_of(new)
     state = whole_state(atlas, 5)

@@ -6,7 +6,7 @@ import time
 from itertools import combinations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fault_tolerance.placement import (
@@ -88,7 +88,6 @@ def test_numbers_that_do_not_divide(count: int, group_size: int, tolerate: int, 
     assert all(group.m == tolerate and group.k >= 1 for group in groups)
 
 
-@settings(deadline=None, max_examples=60)
 @given(count=st.integers(1, 10), data=st.data())
 def test_what_is_survived_equals_brute_force(count: int, data: st.DataObject) -> None:
     tolerate = data.draw(st.integers(0, min(3, count - 1)))
@@ -120,7 +119,6 @@ def most_units(groups: tuple[Group, ...], gone: set[str], units: list[set[str]])
     return len(alive)
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=10), tolerate=st.integers(1, 3), extra=st.integers(0, 6))
 def test_two_nodes_of_a_domain_share_a_group_only_if_that_cannot_be_avoided(sizes, tolerate, extra) -> None:
     nodes = {f"r{r}-{i}": f"r{r}" for r, size in enumerate(sizes) for i in range(size)}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from fault_tolerance.verdict import Kind, Topology, Verdict
 from parallel.layout import Layout
 
 REAL = json.loads((Path(__file__).parent / "real_steps.json").read_text())
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 ONSET, PERSIST, WARM_UP, LEARN = 20, 3, 3, 8  # as the detector has them
 
 
@@ -51,7 +53,7 @@ def drawn(world: int, *, steps: int, noise: float, seed: int, slow: float = 1.0)
     ]
 
 
-@pytest.mark.parametrize(("layout", "world"), [("1x2x1", 2), ("2x2x1", 4), ("1x4x1", 4)])
+@pytest.mark.parametrize(("layout", "world"), [("1x2x1", 2), slow("2x2x1", 4), slow("1x4x1", 4)])
 def test_half_as_much_again_is_named_within_ten_steps_though_steps_are_noisy(layout, world):
     """Windows had 6, 12 and 24 steps: what was not sure after six waited for twelve, as a slow-down of 1.5x on two cores did."""
     took = []
@@ -63,7 +65,7 @@ def test_half_as_much_again_is_named_within_ten_steps_though_steps_are_noisy(lay
 
 
 @pytest.mark.parametrize(("layout", "world"), [("1x2x1", 2), ("2x2x1", 4)])
-@pytest.mark.parametrize("noise", [0.05, 0.15, 0.3])
+@pytest.mark.parametrize("noise", [slow(0.05), 0.15, slow(0.3)])
 def test_noise_alone_names_nobody(layout, world, noise):
     for seed in range(2):
         assert named(drawn(world, steps=60, noise=noise, seed=seed), layout) == []
@@ -81,7 +83,7 @@ def test_who_was_lucky_while_its_level_was_learnt_is_not_slow_afterwards():
     assert [v.ranks for _, v in alone] == [(0,)]
 
 
-@pytest.mark.parametrize("at", range(len(REAL)))
+@pytest.mark.parametrize("at", [pytest.param(at, marks=[pytest.mark.slow] * (at > 2)) for at in range(len(REAL))])
 def test_real_steps_on_busy_cores(at):
     """Ranks that share cores, steps of 50 to 100 ms that were not, moments in which all were slower: who is slow is named, and
     where nobody was nobody is. With windows of 6, 12 and 24 steps it took 7, 16, 10, 11 and 12 steps, and one who was slow for a

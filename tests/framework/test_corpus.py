@@ -92,6 +92,7 @@ def test_broken_json_lines_are_named(tmp_path: Path) -> None:
         documents(kind="jsonl", path=str(tmp_path / "c.jsonl"))
 
 
+@pytest.mark.slow
 def test_parquet_columns_are_read(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"text": ["one", None, "zwei ß"], "n": [1, 2, 3]})
@@ -106,6 +107,7 @@ def test_parquet_columns_are_read(tmp_path: Path) -> None:
         documents(kind="parquet", path=str(tmp_path))
 
 
+@pytest.mark.slow
 def test_hugging_face_data_sets_are_read_from_disk(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(str(tmp_path / "d"))

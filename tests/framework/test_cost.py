@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from framework.cost import Cost, Method, ModelCost, in_flight, predict
@@ -64,7 +64,6 @@ def test_more_microbatches_shrink_the_bubble_and_the_activations() -> None:
     assert gpipe.memory_bytes > many.memory_bytes, "gpipe keeps all microbatches"
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(SCHEDULES),
     st.sampled_from([1, 2, 4]),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from framework.data import build, vocab_size
@@ -174,7 +174,6 @@ def test_the_least_loss_is_that_of_the_true_distribution() -> None:
 # ---- mixtures
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6))
 def test_a_mixture_keeps_its_proportions_in_every_stretch(weights: list[int]) -> None:
     pattern, total = Pattern.of([float(w) for w in weights]), sum(weights)

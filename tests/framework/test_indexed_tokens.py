@@ -48,7 +48,7 @@ def test_every_range_is_read_from_every_type_and_order(dtype: str, order: list[i
             assert found.read(start, stop).dtype == np.int64
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(st.lists(st.lists(st.lists(st.integers(0, 65535), max_size=9), max_size=4), max_size=9), st.data())
 def test_any_documents_are_read(documents: list[list[list[int]]], data: st.DataObject) -> None:
     with TemporaryDirectory() as folder:

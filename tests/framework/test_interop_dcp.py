@@ -23,6 +23,15 @@ ARGUMENTS = {"num_layers": 2, "dim": 32, "num_heads": 4, "num_kv_heads": 2, "ffn
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Checkpoint, State, Path]:
+    """Whether its embeddings are tied, a checkpoint, the state in it, and its export."""
+    root = tmp_path_factory.mktemp("exported")
+    checkpoint, state = _checkpoint(root, request.param)
+    interop_dcp.export(checkpoint, root / "dcp")
+    return request.param, checkpoint, state, root / "dcp"
+
+
 def _checkpoint(root: Path, tied: bool) -> tuple[Checkpoint, State]:
     specs = state_specs(Decoder(vocab_size=67, tie_embeddings=tied, **ARGUMENTS))
     state = random_state(specs)
@@ -44,14 +53,12 @@ def _trained(tied: bool, steps: int = 1) -> tuple[Decoder, torch.optim.AdamW]:
     return model, optim
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_torch_loads_our_export_into_a_model_and_its_optimizer(tmp_path: Path, tied: bool) -> None:
-    checkpoint, state = _checkpoint(tmp_path, tied)
-    interop_dcp.export(checkpoint, tmp_path / "dcp")
+def test_torch_loads_our_export_into_a_model_and_its_optimizer(exported: tuple[bool, Checkpoint, State, Path]) -> None:
+    tied, _, state, theirs = exported
     model, optim = _trained(tied)
     theirs_model, theirs_optim = get_state_dict(model, optim, options=OPTIONS)
     wanted = {"model": theirs_model, "optim": theirs_optim}
-    dcp.load(wanted, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    dcp.load(wanted, checkpoint_id=theirs, no_dist=True)
     set_state_dict(model, optim, model_state_dict=wanted["model"], optim_state_dict=wanted["optim"], options=OPTIONS)
     for name, parameter in model.named_parameters():
         np.testing.assert_array_equal(parameter.detach(), state[f"param/{name}"])
@@ -61,11 +68,9 @@ def test_torch_loads_our_export_into_a_model_and_its_optimizer(tmp_path: Path, t
     assert optim.param_groups[0]["betas"] == (0.9, 0.95)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_export_comes_back_with_the_same_digest(tmp_path: Path, tied: bool) -> None:
-    checkpoint, _ = _checkpoint(tmp_path, tied)
-    interop_dcp.export(checkpoint, tmp_path / "dcp")
-    back = interop_dcp.import_(tmp_path / "dcp", str(tmp_path / "back" / "step_000007"))
+def test_an_export_comes_back_with_the_same_digest(tmp_path: Path, exported: tuple[bool, Checkpoint, State, Path]) -> None:
+    _, checkpoint, _, theirs = exported
+    back = interop_dcp.import_(theirs, str(tmp_path / "back" / "step_000007"))
     assert back.state_sha256() == checkpoint.state_sha256()
     assert set(back.specs) == set(checkpoint.specs)
     assert back.extra["samples"] == 70

@@ -41,7 +41,7 @@ def test_tp_divides_heads_and_inner_width() -> None:
     }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(st.integers(1, 40), st.integers(1, 50), st.sampled_from([1, 2, 4]), st.sampled_from(["1f1b", "gpipe"]))
 def test_nothing_better_is_left_out(num_workers: int, global_batch: int, per_node: int, schedule: str) -> None:
     """Against every degree of every axis and every number of microbatches considered."""

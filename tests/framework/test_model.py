@@ -117,7 +117,7 @@ def test_flops_count_matrices_and_attention_but_not_the_lookup() -> None:
 
 
 @given(st.integers(0, 2**40), st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 4)
 def test_any_box_of_a_first_weight_is_cut_from_the_same_whole(seed: int, data: st.DataObject) -> None:
     shape = (7, 400_000)  # several rows to a band, several bands
     start = data.draw(st.integers(0, 7))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from framework.order import Permutation, digest_words, sample_at
@@ -18,14 +18,12 @@ def test_every_size_is_permuted(size: int) -> None:
     assert sorted(map(permutation, range(size))) == list(range(size))
 
 
-@settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 3000), seed=st.integers(-(2**70), 2**70), epoch=st.integers(0, 2**40))
 def test_each_epoch_uses_every_sample_once(size: int, seed: int, epoch: int) -> None:
     first = epoch * size
     assert {sample_at(first + i, seed=seed, num_samples=size) for i in range(size)} == set(range(size))
 
 
-@settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 2**62), index=st.integers(0, 2**62), seed=st.integers(0, 2**32))
 def test_huge_splits_stay_inside_and_cost_no_memory(size: int, index: int, seed: int) -> None:
     assert 0 <= sample_at(index, seed=seed, num_samples=size) < size

@@ -23,6 +23,7 @@ from tests.framework.composed import composed
 NODES = ("n0", "n1", "n2", "n3")
 LAYOUTS = ("2x2x2", "1x4x2", "2x4x1", "4x2x1")
 LOSSES = [lost for count in (1, 2) for lost in combinations(NODES, count)]
+QUICK = (("n2",), ("n0", "n3"))
 
 
 @cache
@@ -55,7 +56,7 @@ def replanned(layout: str, lost: tuple[str, ...]) -> tuple[Planner, Plan, Overla
     return planner, make_plan("r", planner.wish(), situation), overlap
 
 
-@pytest.mark.parametrize("lost", LOSSES, ids="-".join)
+@pytest.mark.parametrize("lost", [pytest.param(lost, id="-".join(lost), marks=[pytest.mark.slow] * (lost not in QUICK)) for lost in LOSSES])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_after_a_loss_all_that_is_left_is_weighed_and_the_fewest_bytes_move(layout: str, lost: tuple[str, ...]) -> None:
     planner, plan, overlap = replanned(layout, lost)

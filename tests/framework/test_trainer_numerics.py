@@ -72,9 +72,14 @@ class Run:
         engine.close()
 
 
-def test_a_loss_that_is_no_number_once_changes_nothing_of_the_result(mesh: Mesh, tmp_path: Path) -> None:
-    plain = Run(mesh, tmp_path / "a")
-    spoilt = Run(mesh, tmp_path / "b", faults=(Fault(step=5, kind="poison", rank=0),))
+@pytest.fixture(scope="module")
+def plain(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """To which nothing happens."""
+    return Run(mesh, tmp_path_factory.mktemp("plain"))
+
+
+def test_a_loss_that_is_no_number_once_changes_nothing_of_the_result(mesh: Mesh, tmp_path: Path, plain: Run) -> None:
+    spoilt = Run(mesh, tmp_path, faults=(Fault(step=5, kind="poison", rank=0),))
     assert [(b["step"], b["action"], b["ranks"]) for b in spoilt.bad] == [(5, "retry", (0,))]
     assert spoilt.outcome.kind == "finished" and not plain.bad
     assert spoilt.sums == plain.sums
@@ -98,5 +103,5 @@ def test_a_bit_that_flips_ends_the_generation_before_it_is_trained_on(mesh: Mesh
     assert "nobody wrote" in run.outcome.reason
 
 
-def test_watching_over_the_bits_changes_nothing(mesh: Mesh, tmp_path: Path) -> None:
-    assert Run(mesh, tmp_path / "a", every=1).sums == Run(mesh, tmp_path / "b").sums
+def test_watching_over_the_bits_changes_nothing(mesh: Mesh, tmp_path: Path, plain: Run) -> None:
+    assert Run(mesh, tmp_path, every=1).sums == plain.sums

@@ -105,7 +105,7 @@ def test_diff_names_tensors_and_keys(run: Path, capsys: pytest.CaptureFixture[st
     assert _call("diff", shelf / "step_000005", shelf / "step_000010", "--tensors-only") == 0
 
 
-@pytest.mark.parametrize("how", [("--layout", "2x1x2"), ("--files", "3")])
+@pytest.mark.parametrize("how", [("--layout", "2x1x2"), pytest.param(("--files", "3"), marks=pytest.mark.slow)])
 def test_reshape_keeps_the_state(run: Path, how: tuple[str, str]) -> None:
     assert _call("reshape", run, run / "again", *how) == 0
     again = Checkpoint.open(str(run / "again" / "step_000015"))
@@ -126,6 +126,7 @@ def test_prune_keeps_what_the_rules_say(run: Path, capsys: pytest.CaptureFixture
     assert not (run / "checkpoints" / "step_000020").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dcp", "deepspeed", "ranks"])
 def test_export_and_import_keep_the_digest(run: Path, kind: str) -> None:
     (run / "table.yaml").write_text(

@@ -18,6 +18,7 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
 
 
+@pytest.mark.slow
 def test_what_there_is_to_read_is_looked_up(capsys, tmp_path, monkeypatch):
     """A path without a file was planned with, and refused only after a cluster had been started for it."""
     monkeypatch.chdir(tmp_path)
@@ -49,6 +50,7 @@ def test_a_cluster_that_was_asked_is_planned_with_under_its_own_names_and_refuse
     assert refusal.startswith("budget: snapshots must fit into the nodes' memory, got 10.0.0.3: ") and "only 1.00 MiB is free (cgroup 7)" in refusal
 
 
+@pytest.mark.slow
 def test_nodes_that_do_not_answer_are_named_and_the_plan_is_printed_all_the_same(capsys, monkeypatch):
     words = attached(monkeypatch, domains={"a": "a", "b": "b"}, free={"a": {"machine 1": 1 << 40}}, silent={"b": "no answer within 20 s"})
     assert main(["plan", "model=tiny", *words]) == 0
@@ -68,6 +70,7 @@ def test_a_run_without_data_is_refused_before_a_cluster_is_started_for_it(capsys
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
+@pytest.mark.slow
 def test_microbatches_that_are_not_those_of_the_config_are_explained(capsys):
     """Three became four in silence, as a pipeline of two wants them in pairs."""
     synthetic = "data=synthetic"

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from framework.model import Decoder
@@ -60,13 +60,11 @@ def counts(atlas: Atlas, pieces: str) -> dict[str, np.ndarray]:
 
 
 @given(atlases())
-@settings(max_examples=60, deadline=None)
 def test_owned_pieces_tile_the_state_once(atlas: Atlas) -> None:
     assert all((count == 1).all() for count in counts(atlas, "owned").values())
 
 
 @given(atlases())
-@settings(max_examples=60, deadline=None)
 def test_held_pieces_cover_the_state_as_often_as_it_is_replicated(atlas: Atlas) -> None:
     for name, count in counts(atlas, "held").items():
         spec = atlas.by_name[name]
@@ -77,7 +75,6 @@ def test_held_pieces_cover_the_state_as_often_as_it_is_replicated(atlas: Atlas) 
 
 
 @given(atlases())
-@settings(max_examples=60, deadline=None)
 def test_owned_lies_within_held(atlas: Atlas) -> None:
     for rank in range(atlas.layout.world):
         held = set(atlas.held(rank))
@@ -86,7 +83,6 @@ def test_owned_lies_within_held(atlas: Atlas) -> None:
 
 
 @given(atlases())
-@settings(max_examples=60, deadline=None)
 def test_pieces_of_zero_lie_end_to_end_in_flat_memory(atlas: Atlas) -> None:
     """So that an engine can give each as a view of it."""
     if atlas.sharding == "rows":
