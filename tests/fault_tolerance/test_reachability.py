@@ -134,6 +134,7 @@ def test_among_many_machines_every_dead_way_is_covered() -> None:
     assert "n5" in out and all(set(way) & set(out) for way in ways) and len(out) <= 30
 
 
+@pytest.mark.slow
 def test_two_probes_reach_each_other_and_count_what_came() -> None:
     one, other = Probe(host="127.0.0.1"), Probe(host="127.0.0.1")
     try:

@@ -169,6 +169,7 @@ def test_nobody_there_is_an_error_that_names_the_address():
         connect("@nobody", run="r", secret=SECRET, timeout_s=1)
 
 
+@pytest.mark.slow
 def test_closing_wakes_up_whoever_waits():
     with Echo() as echo:
         channel = connect(echo.address, run="r", secret=SECRET)

@@ -115,6 +115,7 @@ def test_a_save_that_keeps_failing_stops_nothing_and_leaves_nothing(tmp_path: Pa
     assert keeper.age_s is not None and keeper.age_s < 5
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_waits_for_storage_that_is_slow_and_not_for_one_that_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM while an object store did not answer held the machine for ten minutes, and a save that took longer than that was given up."""
     monkeypatch.setattr("framework.durable.LOOK_S", 0.02)

@@ -6,6 +6,8 @@ import socket
 import time
 from collections.abc import Callable
 
+import pytest
+
 from framework.head_watch import Absence, HeadWatch
 
 
@@ -33,6 +35,7 @@ def wait(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_head_that_comes_back_is_told_of_and_one_that_stays_away_ends_the_run() -> None:
     """A driver whose head was lost was ended by Ray after a minute, with code 1 and a line of Ray's log."""
     told: list[str] = []

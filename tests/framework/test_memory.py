@@ -142,6 +142,7 @@ def test_the_next_generation_can_spare_what_its_base_can_until_it_has_its_own(ru
     assert event["protected"] and run.memory.protected == 1
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_mended_and_said(run):
     run.open(run.plan(1))
     run.stage(1)

@@ -73,6 +73,7 @@ def test_another_source_has_another_place() -> None:
     assert writing("a", []).path() == writing("a", []).path()
 
 
+@pytest.mark.slow
 def test_a_build_beside_appears_by_itself_and_is_not_begun_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler")
