@@ -262,7 +262,8 @@ class Journal:
             row["checkpoint_age_s"] = age_s
         self._dir.metric(row)
         self._watch_disk()
-        self._telemetry.step(row, self.vitals)
+        vitals, self.vitals = self.vitals, {}  # told once: between two of them nothing is known of machines
+        self._telemetry.step(row, vitals)
         run_dir.enter(self._rows, dict(row))
         self._tell({"row": dict(row)})
 

@@ -38,12 +38,15 @@ SYSTEM_CONFIG = {  # threshold x period above 3 s: on a busy machine a tighter c
     "health_check_failure_threshold": 4,
     "timeout_ms_task_wait_for_death_info": 200,  # a caller's patience with a dead peer before it says "unavailable",
     "core_worker_internal_heartbeat_ms": 200,  # looked at in this rhythm
+    "task_events_report_interval_ms": 0,  # for a dashboard, an autoscaler and Ray's own metrics: there is none of them here
+    "ray_events_report_interval_ms": 0,
+    "report_worker_backlog_interval_ms": 60_000,
+    "io_context_monitor_probe_interval_ms": 60_000,
 }
 RAY_ENV = {
     "RAY_AUTH_MODE": "token",
     "RAY_memory_monitor_refresh_ms": "0",  # it judges the whole machine, which here is not one node's
     "RAY_enable_metrics_collection": "0",
-    "RAY_task_events_report_interval_ms": "0",
     "RAY_event_stats": "0",
     "RAY_enable_pipe_based_agent_to_parent_health_check": "1",  # agents end with their raylet, whatever ends it
     "RAY_worker_register_timeout_seconds": "60",  # the first workers wait for the zygote's imports; who gave up is asked for again
@@ -53,6 +56,7 @@ RAY_ENV = {
     "RAY_object_manager_timer_freq_ms": "1000",  # never used here: collecting, large objects, pools of idle workers
     "RAY_kill_idle_workers_interval_ms": "1000",
     "RAY_raylet_report_resources_period_milliseconds": "250",
+    "RAY_local_fs_monitor_interval_ms": "10000",  # ten times a second each raylet's store asks how full its disk is
     "RAY_gcs_pull_resource_loads_period_milliseconds": "5000",
     "RAY_worker_niceness": "0",  # by default 15: whatever else the machine does would then hold up a rank, and so all of them
     "RAY_DEDUP_LOGS": "0",
