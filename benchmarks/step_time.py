@@ -41,6 +41,7 @@ import psutil
 from framework import run_dir
 
 ROOT = Path(__file__).resolve().parent.parent
+BESIDE = ROOT / "benchmarks" / "results" / "step_time_beside.md"  # what the page says of single processes, sampled by hand
 GOAL = 1.03
 LAYOUTS = ("1x1x1", "1x2x1", "2x2x1", "2x2x2")
 SIDES = {"off": "one machine", "nodes": "a machine a rank", "on": "with snapshots"}
@@ -98,6 +99,8 @@ def report(found: Found) -> str:
             parts = {name: statistics.median(s.get(name, 0.0) for s in starts) for name in starts[0]}
             words = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts.items() if seconds >= 0.01)
             lines.append(f"| {layout} | {statistics.median(sum(s.values()) for s in starts):.1f} | {words} |")
+    if BESIDE.exists():
+        lines += ["", BESIDE.read_text().rstrip()]
     return "\n".join(lines) + "\n"
 
 
