@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +26,6 @@ from framework.host import BESIDE_NICENESS, stand_back
 from framework.run_dir import clean
 from framework.telemetry import Entry, Happening
 
-LAUNCH_INPUTS = "wandb.sdk.launch.inputs.internal"
 QUIET = {"WANDB_ERROR_REPORTING": "false"}  # what W&B measures of its own calls takes longer than they do
 CLOSE_S = 300.0  # whoever closes the telemetry sets the real deadline, and then abandons
 
@@ -103,22 +101,7 @@ def serve(lines: Iterable[bytes]) -> None:
     run.finish()
 
 
-class _NothingStaged:
-    """What W&B asks for inputs that its launch agent has staged for a run: nobody stages any for one of ours."""
-
-    def apply(self, run: Any) -> None:
-        pass
-
-
-def _without_launch() -> None:
-    """Spare the import of W&B's launch agent, which takes half as long as that of all else, beside ranks that train."""
-    module = types.ModuleType(LAUNCH_INPUTS)
-    vars(module)["StagedLaunchInputs"] = _NothingStaged
-    sys.modules.setdefault(LAUNCH_INPUTS, module)
-
-
 def _start(first: Mapping[str, Any]) -> Any:
-    _without_launch()
     import wandb
 
     settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, x_disable_stats=True)
