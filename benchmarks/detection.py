@@ -5,6 +5,7 @@
     python benchmarks/detection.py --out runs.jsonl --count 40       the next 40 of them; the table is of all in the file
     python benchmarks/detection.py --write                           goes on with benchmarks/results/detection.jsonl, and writes
                                                                      the table beside it
+    python benchmarks/detection.py --write --seed 2                  the same with another draw; the table is of all draws
 
 All are drawn beforehand, from the seed alone, and shuffled, so that any first part of them is a fair sample.
 
@@ -50,6 +51,7 @@ ONSET_STEPS = (14, 20)
 STEPS = 45
 LINK_STEPS = 200  # long enough for a pair test in between
 LOOK_EVERY_S = 0.2
+DRAW = 1000  # a run's number tells its seed: the runs of seed 1 begin here
 RESULTS = Path(__file__).parent / "results"
 OTHERS = """
 ## Others, by default
@@ -195,6 +197,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def page(outcomes: Sequence[Outcome], wanted: int) -> str:
     """The results as they are published."""
     wrong = [o for o in outcomes if not o.right]
+    seeds = {o.number // DRAW for o in outcomes}
     told = "\n".join(
         f"- {o.layout} {o.injection.kind} {o.injection.severity:g}x of rank {o.injection.rank}: {o.kind} {list(o.ranks)}. {o.reason}"
         for o in wrong
@@ -202,7 +205,8 @@ def page(outcomes: Sequence[Outcome], wanted: int) -> str:
     return f"""# Detection
 
 Real processes on gloo, one thing wrong with one of them, read from outside; class and place of the first verdict. {len(outcomes)} of
-{wanted} drawn runs (`python benchmarks/detection.py --write` goes on), cores {os.cpu_count()}, load at the end {os.getloadavg()[0]:.1f}.
+{wanted} runs drawn with {" and ".join(f"seed {seed}" for seed in sorted(seeds))} (`python benchmarks/detection.py --write` goes on), \
+cores {os.cpu_count()}, load at the end {os.getloadavg()[0]:.1f}.
 Seconds count from the moment at which the fault acts, steps from the one in which it does. Computation is a sleep here, so that
 eight ranks fit on few cores; hangs have the detector's own floor of 5 s, which a run raises to 0.8 of `detect.hang_timeout_s`.
 
@@ -245,13 +249,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = [(layouts[i % len(layouts)], kinds[i // len(layouts) % len(kinds)]) for i in range(chosen.injections)]
     drawn = [(layout, scenario(dice, layout, kind)) for layout, kind in plan]
     drawn += [(layouts[i % len(layouts)], Injection("none")) for i in range(chosen.clean)]
-    order = list(enumerate(drawn))
+    order = list(enumerate(drawn, DRAW * chosen.seed))
     random.Random(chosen.seed).shuffle(order)
     outcomes = _outcomes(chosen.out)
     done = {outcome.number for outcome in outcomes}
     todo = [run for run in order if run[0] not in done][: chosen.count]
     for number, (layout, injection) in todo:
-        outcome = replace(run(layout, injection, seed=chosen.seed * 1000 + number, verbose=chosen.verbose), number=number)
+        outcome = replace(run(layout, injection, seed=number, verbose=chosen.verbose), number=number)
         outcomes.append(outcome)
         mark = "right" if outcome.right else "WRONG"
         print(
@@ -264,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 file.write(json.dumps(asdict(outcome)) + "\n")
     print("\n" + table(outcomes))
     if chosen.write:
-        (RESULTS / "detection.md").write_text(page(outcomes, len(drawn)))
+        (RESULTS / "detection.md").write_text(page(outcomes, len(drawn) * len({o.number // DRAW for o in outcomes})))
 
 
 if __name__ == "__main__":
