@@ -152,8 +152,10 @@ class _Lines:
 
 def metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows that counted, one for each step, ascending."""
-    rows = {row["step"]: row for row in metric_rows(path)}
-    return [rows[step] for step in sorted(rows)]
+    rows: list[dict[str, Any]] = []
+    for row in metric_rows(path):
+        enter(rows, row)
+    return rows
 
 
 def enter(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:

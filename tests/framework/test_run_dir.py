@@ -25,6 +25,14 @@ def test_rows_come_back_and_the_last_row_of_a_step_counts(tmp_path):
     assert [(r["step"], r["generation"]) for r in run_dir.metrics(tmp_path)] == [(1, 1), (2, 2), (3, 2)]
 
 
+def test_rows_after_a_step_that_is_done_again_count_no_more(tmp_path):
+    """A run that ended while it caught up was reported with steps of the way that it had left."""
+    run = RunDir(tmp_path)
+    for step in (1, 2, 3, 4, 2):
+        run.metric(row(step))
+    assert [r["step"] for r in run_dir.metrics(tmp_path)] == [1, 2]
+
+
 def test_an_event_is_stamped_and_an_unknown_kind_is_refused(tmp_path):
     run = RunDir(tmp_path)
     run.event("plan", step=0, generation=1, reason="fresh weights", layout="2x2x1")
