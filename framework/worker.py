@@ -36,6 +36,7 @@ from framework.devices import check_here, decide, device_of
 from framework.fault_acts import corrupt_block
 from framework.faults import FaultInjector
 from framework.finish import sample_text, state_digest
+from framework.heap import keep_freed_memory
 from framework.host import redirect
 from framework.incident import Recovery
 from framework.initial import InitialWeights
@@ -67,6 +68,7 @@ class Worker:
     """Hosted in an actor; its methods are called by name."""
 
     def __init__(self, *, config: dict[str, Any], run_id: str, secret: str, node: str, name: str) -> None:
+        keep_freed_memory()
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self._config: Config = decode(config)
