@@ -370,11 +370,11 @@ class Controller:
             sight = self._sight(crew)
             trouble = judge(sight, crew.plan, self._limits(crew))
             if trouble is not None and not trouble.planned:
-                self._journal.take(crew.last_words(), crew.plan)
+                self._journal.take(crew.last_words(sight.dead_nodes), crew.plan)
                 return self._response.explained(trouble)
             trouble = self._response.look() or trouble
             if trouble is not None and not trouble.planned:
-                self._journal.take(crew.last_words(), crew.plan)
+                self._journal.take(crew.last_words(sight.dead_nodes), crew.plan)
                 return trouble
             if leaving is None:
                 leaving = trouble or self._wish_to_leave(crew)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,9 +89,12 @@ class Crew:
         else:
             time.sleep(timeout_s)
 
-    def last_words(self) -> list[dict[str, Any]]:
-        """What was still to come from ranks whose call has ended; waits a moment for all of them together."""
-        open_views = [view for view in self.ranks if view.ended is None or view.ended.how != "died"]
+    def last_words(self, gone: Collection[str] = ()) -> list[dict[str, Any]]:
+        """What was still to come from ranks whose call has ended; waits a moment for all of them together, but not for who was on
+        a machine that is gone.
+        """
+        there = (view for seat, view in zip(self.plan.seats, self.ranks, strict=True) if seat.node not in gone)
+        open_views = [view for view in there if view.ended is None or view.ended.how != "died"]
         calls = {view.remote.call("poll", view.acked): view for view in open_views}
         answered, _ = wait_all(list(calls), LAST_WORDS_S)
         return [item for call in answered for item in self._hear(calls[call], call)]

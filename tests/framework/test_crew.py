@@ -7,6 +7,7 @@ import pytest
 
 from framework import crew as module
 from framework.crew import RARELY, Crew, RankView
+from framework.plan import Seat
 
 
 class Answered:
@@ -32,6 +33,7 @@ class Rank:
 
 class PlanOf:
     generation = 1
+    seats = tuple(Seat(f"n{i}", 0) for i in range(3))
 
 
 @pytest.fixture
@@ -75,3 +77,9 @@ def test_who_has_not_told_of_its_start_is_asked_as_often_as_ever_though_its_reco
     crew.ranks[1].remote.call = lambda method, acked: calls.append(acked) or answer(method, acked)
     asked(crew, {1: 0.0}, 2 * RARELY)
     assert len(calls) > 4
+
+
+def test_nobody_waits_for_the_last_words_of_a_machine_that_is_gone(crew):
+    """Each loss of a machine that was cut off cost two seconds more, of waiting for who could not answer."""
+    said = crew.last_words(gone={"n1"})
+    assert [view.remote.asked for view in crew.ranks] == [1, 0, 1] and len(said) == 2
