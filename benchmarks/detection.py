@@ -194,10 +194,10 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def page(outcomes: Sequence[Outcome], wanted: int) -> str:
-    """The results as they are published."""
+def page(outcomes: Sequence[Outcome], drawn: int) -> str:
+    """The results as they are published; `drawn`: the runs of each seed."""
     wrong = [o for o in outcomes if not o.right]
-    seeds = {o.number // DRAW for o in outcomes}
+    seeds = sorted({o.number // DRAW for o in outcomes})
     told = "\n".join(
         f"- {o.layout} {o.injection.kind} {o.injection.severity:g}x of rank {o.injection.rank}: {o.kind} {list(o.ranks)}. {o.reason}"
         for o in wrong
@@ -205,7 +205,7 @@ def page(outcomes: Sequence[Outcome], wanted: int) -> str:
     return f"""# Detection
 
 Real processes on gloo, one thing wrong with one of them, read from outside; class and place of the first verdict. {len(outcomes)} of
-{wanted} runs drawn with {" and ".join(f"seed {seed}" for seed in sorted(seeds))} (`python benchmarks/detection.py --write` goes on), \
+{drawn * len(seeds)} runs drawn with {" and ".join(f"seed {seed}" for seed in seeds)} (`python benchmarks/detection.py --write` goes on), \
 cores {os.cpu_count()}, load at the end {os.getloadavg()[0]:.1f}.
 Seconds count from the moment at which the fault acts, steps from the one in which it does. Computation is a sleep here, so that
 eight ranks fit on few cores; hangs have the detector's own floor of 5 s, which a run raises to 0.8 of `detect.hang_timeout_s`.
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 file.write(json.dumps(asdict(outcome)) + "\n")
     print("\n" + table(outcomes))
     if chosen.write:
-        (RESULTS / "detection.md").write_text(page(outcomes, len(drawn) * len({o.number // DRAW for o in outcomes})))
+        (RESULTS / "detection.md").write_text(page(outcomes, len(drawn)))
 
 
 if __name__ == "__main__":

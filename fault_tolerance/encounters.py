@@ -3,8 +3,7 @@
     records of rank 0 --+--> meeting (group, seq)    --> mismatches        of what was touched since the last look
     records of rank 1 --+--> message (from, to, seq) --> clocks, delays    noted when a meeting is over
 
-`timeline.meetings` and `transfers` do the same with records that are at hand; a look that did so would put most of its window
-together again that was in the one before, too.
+A look that put the records at hand together (`timeline.meetings`) would do so again with most of what was in the one before, too.
 
 Rule of this file: it remembers what was, by number and step; what follows is judged by pure functions.
 """

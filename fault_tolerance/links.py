@@ -43,12 +43,6 @@ class Delay:
     step: int
 
 
-def delays(transfers: Iterable[Transfer], meetings: Iterable[Meeting], offsets: Mapping[int, int]) -> list[Delay]:
-    """The samples in these records: messages that were really waited for, and finished collectives of training."""
-    found = (delay_of_message(t, offsets) for t in transfers), (delay_of_meeting(m) for m in meetings if m.complete)
-    return [delay for some in found for delay in some if delay is not None]
-
-
 def delay_of_meeting(meeting: Meeting) -> Delay | None:
     """How long a collective took that is complete. None outside training."""
     any_record = meeting.came[min(meeting.came)]

@@ -196,23 +196,6 @@ def meetings(rings: Mapping[int, Ring]) -> dict[tuple[int, int], Meeting]:
     return {key: Meeting(*key, members.get(key[0], tuple(sorted(found))), found) for key, found in came.items()}
 
 
-def transfers(rings: Mapping[int, Ring]) -> dict[tuple[int, int, int, int], Transfer]:
-    """The messages in these records by (group, source, target, seq)."""
-    ends: dict[tuple[int, int, int, int], list[Record | None]] = defaultdict(lambda: [None, None])
-    for rank, ring in rings.items():
-        for record in ring.records:
-            if record.op == Op.SEND:
-                ends[record.group, rank, record.peer, record.seq][0] = record
-            elif record.op == Op.RECV:
-                ends[record.group, record.peer, rank, record.seq][1] = record
-    return {key: Transfer(key[1], key[2], *pair) for key, pair in ends.items()}
-
-
-def clock_offsets(found: Iterable[Meeting]) -> dict[int, int]:
-    """How far each rank's clock is ahead of the lowest rank's, in ns, for ranks joined by finished collectives."""
-    return offsets(pair for meeting in found if meeting.complete for pair in ahead_of_first(meeting))
-
-
 def ahead_of_first(meeting: Meeting) -> tuple[Ahead, ...]:
     """How far the clocks of a complete meeting are ahead of the lowest rank's; empty where its members do not end it together."""
     if len(meeting.ranks) < 2 or _rooted(meeting):

@@ -159,11 +159,14 @@ class _Part:
     largest: int
     flops: float
     num_units: int
-    num_layers: int
     layer_params: int
     layers_of_stages: tuple[int, ...]
     embeds: bool
     ends: bool
+
+    @property
+    def num_layers(self) -> int:
+        return sum(self.layers_of_stages)
 
 
 @lru_cache(maxsize=1024)
@@ -171,15 +174,15 @@ def _parts(model: ModelCost, schedule: str, pp: int) -> tuple[_Part, ...]:
     stages = num_stages(schedule, pp)
     found: dict[tuple[int, bool, bool], _Part] = {}
     for rank, held in enumerate(stages_of_rank(schedule, pp)):
-        units = [u for stage in held for u in units_of_stage(model.num_layers, stages, stage)]
+        of_stages = [units_of_stage(model.num_layers, stages, stage) for stage in held]
+        units = [unit for of_stage in of_stages for unit in of_stage]
         sizes = [model.unit_params(u) for u in units]
-        layers = [u for u in units if 0 < u <= model.num_layers]
+        layers_of_stages = tuple(sum(0 < u <= model.num_layers for u in of_stage) for of_stage in of_stages)
         flops = sum(map(model.unit_flops, units))
         embeds, ends = 0 in units, model.num_layers + 1 in units
         params = sum(sizes) - (model.vocab_size * model.dim if model.tied and embeds and ends else 0)
-        of_stages = tuple(sum(0 < u <= model.num_layers for u in units_of_stage(model.num_layers, stages, s)) for s in held)
-        part = _Part(rank, params, max(sizes), flops, len(units), len(layers), model.unit_params(1), of_stages, embeds, ends)
-        found.setdefault((len(layers), embeds, ends), part)
+        part = _Part(rank, params, max(sizes), flops, len(units), model.unit_params(1), layers_of_stages, embeds, ends)
+        found.setdefault((part.num_layers, embeds, ends), part)
     return tuple(found.values())
 
 

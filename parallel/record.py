@@ -32,12 +32,12 @@ HEADER_BYTES = 256
 HEADER = struct.Struct("<QIIiIQqqQIIqII")
 SEEN_AT = 128  # what a reader adds to its copy of the header:
 SEEN = struct.Struct("<qqc")  # when it read, the processor time of the rank so far, the state of its process
-SLOT_FORM = struct.Struct("<QIIiBBBBQIIqqq")
-SLOT = np.dtype(
-    [("stamp", "<u8"), ("group", "<u4"), ("seq", "<u4"), ("peer", "<i4"), ("op", "u1"), ("dtype", "u1")]
-    + [("state", "u1"), ("phase", "u1"), ("bytes", "<u8"), ("shape", "<u4"), ("step", "<u4")]
-    + [("call", "<i8"), ("wait", "<i8"), ("end", "<i8")]
-)
+SLOT_FIELDS = {
+    "stamp": "Q", "group": "I", "seq": "I", "peer": "i", "op": "B", "dtype": "B", "state": "B", "phase": "B", "bytes": "Q", "shape": "I",
+    "step": "I", "call": "q", "wait": "q", "end": "q",
+}  # fmt: skip
+SLOT_FORM = struct.Struct("<" + "".join(SLOT_FIELDS.values()))
+SLOT = np.dtype([(name, f"<{code}") for name, code in SLOT_FIELDS.items()])
 
 
 class Op(IntEnum):

@@ -8,13 +8,14 @@ import pytest
 
 from fault_tolerance.detector import Detector
 from fault_tolerance.encounters import MISMATCH_STEPS, Encounters
-from fault_tolerance.links import could_be_slow, delays, judge_links, normalised
+from fault_tolerance.links import could_be_slow, judge_links, normalised
 from fault_tolerance.mismatches import judge_mismatches
-from fault_tolerance.timeline import clock_offsets, meetings, transfers
+from fault_tolerance.timeline import meetings
 from fault_tolerance.verdict import Kind, Topology
 from parallel.layout import Layout
 from parallel.record import Op, Phase
 from tests.fault_tolerance.drawn import MS, draw, training
+from tests.fault_tolerance.plain import clock_offsets, delays, transfers
 
 WINDOW = 6
 
