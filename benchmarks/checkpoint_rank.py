@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.vault_rank import Restore, Stage
-from fault_tolerance.checkpoint import Checkpoint, commit
-from fault_tolerance.shard import write_shard
+from fault_tolerance.checkpoints.checkpoint import Checkpoint, commit
+from fault_tolerance.checkpoints.shard import write_shard
 from framework.model import Decoder
 from parallel.atlas import Atlas, Piece
 from parallel.boxes import Box

@@ -30,9 +30,9 @@ from pathlib import Path
 
 from benchmarks.drilled import FLAG_END, FLAG_PAIR_TEST, Crew, Injection, Load, crew
 from benchmarks.hosts import Hosts, why_not
-from fault_tolerance.detector import Detector
-from fault_tolerance.pairtest import judge_ways
-from fault_tolerance.verdict import NAMES_NOBODY, Kind, Topology, Verdict
+from fault_tolerance.detection.detector import Detector
+from fault_tolerance.detection.pairtest import judge_ways
+from fault_tolerance.detection.verdict import NAMES_NOBODY, Kind, Topology, Verdict
 from framework import run_dir
 from parallel.layout import Layout
 

@@ -26,7 +26,7 @@ from benchmarks.hosts import Hosts
 from parallel.layout import Layout
 from parallel.ring import RingReader, create
 
-PRELOAD = ["torch", "torch.distributed", "parallel.mesh", "parallel.recorder", "fault_tolerance.pairs"]
+PRELOAD = ["torch", "torch.distributed", "parallel.mesh", "parallel.recorder", "fault_tolerance.detection.pairs"]
 FLAG_GO_ON, FLAG_PAIR_TEST, FLAG_END = 0, 1, 2
 
 
@@ -203,8 +203,8 @@ class _Trainer:
     def pair_test(self) -> None:
         import torch.distributed as dist
 
-        from fault_tolerance.pairs import measure_ways
-        from fault_tolerance.pairtest import all_rounds
+        from fault_tolerance.detection.pairs import measure_ways
+        from fault_tolerance.detection.pairtest import all_rounds
 
         everybody = dist.group.WORLD
         assert everybody is not None

@@ -2,7 +2,7 @@
 
     memcpy       copying the k data blocks once, in the same round: the limit that memory sets
     C            the same ISA-L routine, matrix and buffers, called and timed inside a C function (needs gcc)
-    holdfast     fault_tolerance.codec.Codec, from Python
+    holdfast     fault_tolerance.coding.codec.Codec, from Python
     pyeclib      pyeclib's own API over the same ISA-L
     tables       multiplication tables in numpy, one look-up per byte, as zfec does it in C
 
@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fault_tolerance import gf256, isal
-from fault_tolerance.codec import Codec
+from fault_tolerance.coding import gf256, isal
+from fault_tolerance.coding.codec import Codec
 
 RESULTS = Path(__file__).parent / "results"
 CODES = ((4, 1), (4, 2), (8, 2), (6, 3))

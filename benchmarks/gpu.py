@@ -32,14 +32,14 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from benchmarks.vaults import vaults
-from fault_tolerance.device_copy import DeviceCopy
-from fault_tolerance.placement import plan_groups
-from fault_tolerance.snapshot import COPY_BYTES, Snapshotter
-from fault_tolerance.snapshot_plan import SnapshotPlan
-from fault_tolerance.vault_client import VaultClient
-from framework.initial import InitialWeights
+from fault_tolerance.coding.placement import plan_groups
+from fault_tolerance.snapshots.device_copy import DeviceCopy
+from fault_tolerance.snapshots.snapshot import COPY_BYTES, Snapshotter
+from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
+from fault_tolerance.snapshots.vault_client import VaultClient
 from framework.model import Decoder, flops_per_token, num_params
-from framework.peak import peak_flops
+from framework.training.initial import InitialWeights
+from framework.training.peak import peak_flops
 from parallel.assemble import meta
 from parallel.checks import Wrapping
 from parallel.engine import EngineOptions, FsdpEngine

@@ -18,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from framework.campaign import read
-from framework.matrix import cells, table
+from framework.drills.campaign import read
+from framework.drills.matrix import cells, table
 
 LAYOUTS = ("2x2x2", "1x4x2", "2x4x1", "4x2x1")
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -42,7 +42,7 @@ import yaml
 
 from benchmarks.ray_cluster import RayCluster, kill_tree
 from framework import run_dir
-from framework.machines import CONTROL, Machines
+from framework.cluster.machines import CONTROL, Machines
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -28,9 +28,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 
+from framework.data.sources import SyntheticSource
+from framework.data.synthetic import SyntheticData
 from framework.model import Decoder
-from framework.sources import SyntheticSource
-from framework.synthetic import SyntheticData
 
 
 def train(job: dict[str, Any], node: str) -> None:

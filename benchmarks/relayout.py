@@ -28,10 +28,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fault_tolerance.catalogue import catalogue
-from fault_tolerance.placement import plan_groups
-from fault_tolerance.snapshot_plan import SnapshotPlan
-from fault_tolerance.vault_client import VaultClient
+from fault_tolerance.coding.placement import plan_groups
+from fault_tolerance.snapshots.catalogue import catalogue
+from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
+from fault_tolerance.snapshots.vault_client import VaultClient
 from parallel.atlas import Atlas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,7 +86,7 @@ class Vaults:
         }
 
     def _start(self, node: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "fault_tolerance.vault", "--node", node, "--run", self._run]
+        command = [sys.executable, "-m", "fault_tolerance.snapshots.vault", "--node", node, "--run", self._run]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert process.stdin is not None

@@ -33,9 +33,9 @@ import torch
 import yaml
 
 from benchmarks.vaults import vaults
-from fault_tolerance.placement import plan_groups
-from fault_tolerance.snapshot_plan import SnapshotPlan
-from fault_tolerance.vault_client import VaultClient
+from fault_tolerance.coding.placement import plan_groups
+from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
+from fault_tolerance.snapshots.vault_client import VaultClient
 from framework.model import Decoder
 from parallel.atlas import Atlas
 from parallel.layout import Layout

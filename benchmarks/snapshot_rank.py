@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from fault_tolerance.snapshot import Snapshotter
-from fault_tolerance.snapshot_plan import SnapshotPlan
-from framework.initial import InitialWeights
+from fault_tolerance.snapshots.snapshot import Snapshotter
+from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
 from framework.model import Decoder
+from framework.training.initial import InitialWeights
 from parallel.assemble import meta
 from parallel.checks import Wrapping
 from parallel.engine import EngineOptions, FsdpEngine

@@ -33,7 +33,7 @@ wrongly. The controller stands back behind the ranks, and at such a load a look 
 That was before a look cost a quarter of what it did. Since then, one run each beside four endless loops: 2x after 13 steps (1x2x1) and
 20 steps (2x2x1), nobody wrongly.
 
-Recorded own times of real runs at a load of 8 to 22, judged anew after each step (most are in `tests/fault_tolerance/real_steps.json`):
+Recorded own times of real runs at a load of 8 to 22, judged anew after each step (most are in `tests/fault_tolerance/detection/real_steps.json`):
 
 | | 1.5x, 1x2x1 | 1.5x, 2x2x1, four runs | nobody slow: 2x2x1, 2x2x1, 1x4x1, 384 steps |
 | --- | --- | --- | --- |

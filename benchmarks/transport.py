@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from fault_tolerance.arena import Segment
-from fault_tolerance.wire import Channel
+from fault_tolerance.snapshots.arena import Segment
+from fault_tolerance.snapshots.wire import Channel
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).resolve().parents[1]

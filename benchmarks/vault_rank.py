@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fault_tolerance.catalogue import Snapshot
-from fault_tolerance.restore import Reader
-from fault_tolerance.snapshot import Snapshotter
-from fault_tolerance.snapshot_plan import SnapshotPlan
+from fault_tolerance.snapshots.catalogue import Snapshot
+from fault_tolerance.snapshots.restore import Reader
+from fault_tolerance.snapshots.snapshot import Snapshotter
+from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
 from parallel.atlas import Atlas, Piece
 
 PROTECT_S = 120.0

@@ -28,7 +28,7 @@ def vaults(nodes: Sequence[str], *, run: str, secret: bytes) -> Iterator[tuple[d
 
 
 def _vault(node: str, run: str, secret: bytes) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fault_tolerance.vault", "--node", node, "--run", run]
+    command = [sys.executable, "-m", "fault_tolerance.snapshots.vault", "--node", node, "--run", run]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     vault = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert vault.stdin is not None

@@ -3,7 +3,7 @@
     controller --open, inventory, status--> agent [ vault ] <--Unix socket-- workers of the node
                                                       ^--TCP-- vaults and readers of other nodes
 
-Rule of this file: a thin host. The vault keeps the bytes (`fault_tolerance/vault.py`).
+Rule of this file: a thin host. The vault keeps the bytes (`fault_tolerance/snapshots/vault.py`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 
 import psutil
 
-from fault_tolerance.index import entry_to_plain
-from fault_tolerance.probe import Probe
-from fault_tolerance.rings import Rings
-from fault_tolerance.room import room
-from fault_tolerance.shard import write_shard
-from fault_tolerance.snapshot_plan import SnapshotPlan
-from fault_tolerance.stacks import stack_of
-from fault_tolerance.vault import Vault
-from fault_tolerance.version import Key, Version
-from framework.network import chosen, interfaces, used_address
-from framework.notice import Notice
+from fault_tolerance.checkpoints.index import entry_to_plain
+from fault_tolerance.checkpoints.shard import write_shard
+from fault_tolerance.detection.probe import Probe
+from fault_tolerance.detection.rings import Rings
+from fault_tolerance.detection.stacks import stack_of
+from fault_tolerance.snapshots.room import room
+from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
+from fault_tolerance.snapshots.vault import Vault
+from fault_tolerance.snapshots.version import Key, Version
+from framework.cluster.network import chosen, interfaces, used_address
+from framework.cluster.notice import Notice
 from parallel.recorder_build import RECORDER, why_not
 
 BUILD_S = 300.0  # what takes longer to compile is not waited for
@@ -146,7 +146,7 @@ class Agent:
         }
 
     def probe(self, what: str, *args: Any, **options: Any) -> Any:
-        """Ask this node's probe (`fault_tolerance/probe.py`); the first question opens it."""
+        """Ask this node's probe (`fault_tolerance/detection/probe.py`); the first question opens it."""
         if self._probe is None:
             self._probe = Probe(host=used_address(self._host, os.environ, interfaces()))
         return getattr(self._probe, what)(*args, **options)

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from framework import data as data_source
-from framework.batching import Loader
 from framework.config import Config, ModelConfig
 from framework.config_rules import MODEL_KEYS
-from framework.devices import decide
+from framework.data import samples as data_source
+from framework.data.batching import Loader
+from framework.data.windows import Data
 from framework.model import flops_per_token
-from framework.peak import peak_flops, shared
-from framework.schedule import Schedule
-from framework.windows import Data
+from framework.planning.devices import decide
+from framework.training.peak import peak_flops, shared
+from framework.training.schedule import Schedule
 from parallel.assemble import meta
 from parallel.atlas import Atlas
 from parallel.checks import Wrapping, check

@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from framework import decoding, sources
+from framework import decoding
 from framework.config_derived import derive
 from framework.config_rules import check
+from framework.data import sources
+from framework.data.sources import Source
 from framework.decoding import (
     Below1,
     Count,
@@ -30,8 +32,7 @@ from framework.decoding import (
     Rule,
     Via,
 )
-from framework.faults import Fault
-from framework.sources import Source
+from framework.drills.faults import Fault
 from parallel.layout import Layout
 
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"]
@@ -198,7 +199,7 @@ class DetectConfig:
 
 @dataclass(frozen=True, slots=True)
 class DrillConfig:
-    """Faults to inject on purpose (`framework.faults`). `on_call`: also those that are called for while the run goes on."""
+    """Faults to inject on purpose (`framework.drills.faults`). `on_call`: also those that are called for while the run goes on."""
 
     faults: tuple[Fault, ...]
     on_call: bool

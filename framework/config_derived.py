@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from framework import step_law
+from framework.training import step_law
 
 _SHAPE = ("num_layers", "dim", "num_heads", "num_kv_heads", "ffn_dim")
 

@@ -25,32 +25,32 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from framework.broken_ways import BrokenWays
-from framework.closing import Closing
-from framework.cluster import CallError, Cluster, wait_all
+from framework.cluster.cluster import CallError, Cluster, wait_all
+from framework.cluster.nodes import ClusterError
+from framework.cluster.rendezvous import Rendezvous
 from framework.config import decode
-from framework.crew import Crew, muster
-from framework.devices import decide
-from framework.distrust import Distrust
-from framework.durable import Durable
-from framework.failures import MAX_FAILURES, Failures
-from framework.incident import Trouble
-from framework.inventory import LOOK_S, Inventory, Stopped
-from framework.journal import Journal
-from framework.memory import Memory
-from framework.nodes import ClusterError
+from framework.control.broken_ways import BrokenWays
+from framework.control.closing import Closing
+from framework.control.crew import Crew, muster
+from framework.control.durable import Durable
+from framework.control.incident import Trouble
+from framework.control.inventory import LOOK_S, Inventory, Stopped
+from framework.control.journal import Journal
+from framework.control.memory import Memory
+from framework.control.pool import Pool, PoolError
+from framework.control.watch import Limits, Sight, apart, judge, notice
+from framework.monitor.prometheus import Gauge, by_name, endpoint
+from framework.monitor.startup import Startup
+from framework.monitor.vitals import Vitals
 from framework.plan import Plan, Refused, Source, Unfit, choose, expected_s, make_plan, options
-from framework.planner import Planner
-from framework.pool import Pool, PoolError
-from framework.preflight import preflight
-from framework.rendezvous import Rendezvous
-from framework.response import Response
-from framework.sentinel import Sentinel, lend_rings, record_at_once, settings_of
-from framework.startup import Startup
-from framework.telemetry_prometheus import Gauge, endpoint
-from framework.vitals import Vitals
-from framework.watch import Limits, Sight, apart, judge, notice
-from framework.weighing import Costs, Outlook, Tried
+from framework.planning.devices import decide
+from framework.planning.planner import Planner
+from framework.trouble.distrust import Distrust
+from framework.trouble.failures import MAX_FAILURES, Failures
+from framework.trouble.preflight import preflight
+from framework.trouble.response import Response
+from framework.trouble.sentinel import Sentinel, lend_rings, record_at_once, settings_of
+from framework.trouble.weighing import Costs, Outlook, Tried
 from parallel.layout import Layout
 
 KEEP_S = 0.5
@@ -120,9 +120,9 @@ class Controller:
         """Where Prometheus finds this run's gauges."""
         if self._cluster.control is not None:
             return endpoint(self._config.run_dir, self._cluster.own_ip())
-        from framework.ray_metrics import exported
+        from framework.cluster.ray_metrics import gauges
 
-        return exported(self._run_id)
+        return by_name(gauges(self._run_id))
 
     def progress(self, since: int) -> dict[str, Any]:
         """Rows and events after number `since`, for whoever shows the run to a person."""

@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from framework import run_dir
-from framework.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError, WorkerDied
+from framework.cluster.cluster import Call, CallError, Cluster, ClusterError, Remote, RemoteError, WorkerDied
+from framework.cluster.head_watch import PATIENCE_S, HeadWatch
+from framework.cluster.local_cluster import LocalCluster
+from framework.cluster.nodes import DOMAIN_LABEL, Exit, complaint
+from framework.cluster.reach import Reach, reachable
 from framework.config import Config, plain
-from framework.durable import check_same, newest_of, resolve, tracking_of
-from framework.head_watch import PATIENCE_S, HeadWatch
-from framework.local_cluster import LocalCluster
-from framework.nodes import DOMAIN_LABEL, Exit, complaint
-from framework.progress import make_progress
-from framework.reach import Reach, reachable
-from framework.readable import read_from
+from framework.control.durable import check_same, newest_of, resolve, tracking_of
+from framework.data.readable import read_from
+from framework.monitor.progress import make_progress
+from framework.monitor.startup import Startup
+from framework.monitor.telemetry import Telemetry
 from framework.run_dir import RunDir
-from framework.startup import Startup
-from framework.telemetry import Telemetry
 from parallel.recorder_build import RECORDER
 
 EXIT_CODES = {"finished": 0, "failed": 3, "no_progress": 4, "interrupted": 130}
@@ -53,7 +53,8 @@ def run(config: Config, *, startup: Startup, early: LocalCluster | None = None) 
         from parallel.deepspeed_library import check_installed  # brings PyTorch: seconds for every other run
 
         check_installed()
-    read_from(config)
+    if config.cluster.address == "local":  # elsewhere the files may lie on the nodes alone, and who opens them first will tell
+        read_from(config.data)
     asked, resumed = config.resume, resolve(config.resume, own=config.run_dir)
     config = replace(config, resume=resumed)  # found once, by who was asked: to another process, `auto` may mean this very run
     changed = check_same(config, resumed) if resumed is not None else ()
@@ -104,8 +105,8 @@ def plan(config: Config) -> str:
     """Everything that would be decided, as text. Starts nothing; the nodes of a cluster that is running are asked what they
     have free. Raises ValueError as `run` would.
     """
-    from framework.outlook import outlook  # it brings PyTorch, which this process needs for nothing else
-    from framework.ray_rooms import ask
+    from framework.cluster.ray_rooms import ask
+    from framework.planning.outlook import outlook  # it brings PyTorch, which this process needs for nothing else
 
     sys.path += [path for path in import_paths() if path not in sys.path]
     rooms = None if config.cluster.address == "local" else ask(config)
@@ -114,7 +115,7 @@ def plan(config: Config) -> str:
 
 def doctor(config: Config) -> tuple[bool, str]:
     """Examine the nodes of a cluster. Returns whether a run may start, and the report. Raises ValueError as `run` would."""
-    from framework.doctor import examine, words
+    from framework.trouble.doctor import examine, words
 
     run_id = secrets.token_hex(4)
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from framework.seating import seat_blocks
+from framework.planning.seating import seat_blocks
 from parallel.layout import Layout
 
 HYSTERESIS = 0.05

@@ -24,11 +24,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fault_tolerance.interval import Interval
-from fault_tolerance.numerics import Remedy
-from framework.faults import FaultInjector
-from framework.integrity import Integrity
-from framework.numeric_guard import NumericGuard
+from fault_tolerance.detection.numerics import Remedy
+from fault_tolerance.snapshots.interval import Interval
+from framework.drills.faults import FaultInjector
+from framework.training.integrity import Integrity
+from framework.training.numeric_guard import NumericGuard
 from parallel.atlas import Piece
 from parallel.engine import Engine
 
@@ -50,7 +50,7 @@ class Feed(Protocol):
 
 
 class Snapshots(Protocol):
-    """Where the state goes in the background (`fault_tolerance.snapshot`)."""
+    """Where the state goes in the background (`fault_tolerance.snapshots.snapshot`)."""
 
     def ready(self) -> bool: ...
 
@@ -76,7 +76,7 @@ class Snapshots(Protocol):
 
 
 class Record(Protocol):
-    """Where it is noted what this rank does (`framework.recording`)."""
+    """Where it is noted what this rank does (`framework.training.recording`)."""
 
     def ready(self) -> bool: ...
 

@@ -26,30 +26,30 @@ import psutil
 import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
-from fault_tolerance.catalogue import Snapshot
-from fault_tolerance.interval import at_most, fixed, young
-from fault_tolerance.snapshot_plan import SnapshotPlan
-from fault_tolerance.stacks import arm
+from fault_tolerance.detection.stacks import arm
+from fault_tolerance.snapshots.catalogue import Snapshot
+from fault_tolerance.snapshots.interval import at_most, fixed, young
+from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
 from framework.build import make_engine, make_feed, make_mfu, make_schedule, model_builder, open_data
+from framework.cluster.host import redirect
+from framework.cluster.notice import Notice
 from framework.config import Config, decode
-from framework.devices import check_here, decide, device_of
-from framework.fault_acts import corrupt_block
-from framework.faults import FaultInjector
-from framework.finish import sample_text, state_digest
-from framework.heap import keep_freed_memory
-from framework.host import redirect
-from framework.incident import Recovery
-from framework.initial import InitialWeights
-from framework.integrity import Integrity, flip_bit
-from framework.log_watch import log_name
-from framework.notice import Notice
-from framework.pair_test import pair_test
+from framework.control.incident import Recovery
+from framework.drills.fault_acts import corrupt_block
+from framework.drills.faults import FaultInjector
 from framework.plan import Plan
-from framework.recording import Recording
-from framework.restoring import RestoreFailed, restore, tensor_reader
-from framework.staging import Staging
-from framework.streams import seed_streams
+from framework.planning.devices import check_here, decide, device_of
 from framework.trainer import Outcome, Trainer, TrainSettings
+from framework.training.finish import sample_text, state_digest
+from framework.training.heap import keep_freed_memory
+from framework.training.initial import InitialWeights
+from framework.training.integrity import Integrity, flip_bit
+from framework.training.pair_test import pair_test
+from framework.training.recording import Recording
+from framework.training.restoring import RestoreFailed, restore, tensor_reader
+from framework.training.staging import Staging
+from framework.training.streams import seed_streams
+from framework.trouble.log_watch import log_name
 from parallel.assemble import meta
 from parallel.engine import Engine
 from parallel.mesh import Mesh

@@ -4,7 +4,7 @@
     show PATH                     what one holds
     verify PATH                   re-hash every byte; exit code 1 if anything is wrong
     diff A B                      the tensors and keys that differ, and by how much; exit code 1 if any
-    export FORMAT PATH TARGET     as deepspeed, dcp, huggingface, or ranks (--table: framework/interop_ranks.py)
+    export FORMAT PATH TARGET     as deepspeed, dcp, huggingface, or ranks (--table: framework/interop/ranks.py)
     import FORMAT SOURCE PATH     from one of these, as a checkpoint in the directory PATH
     reshape PATH TARGET           the same state in other files: --layout 2x2x1, or --files N
     prune PATH                    remove old checkpoints, and what was never committed
@@ -29,13 +29,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fault_tolerance.checkpoint import INDEX, Checkpoint
-from fault_tolerance.compare import changed_keys, differences
-from fault_tolerance.reshape import pieces_of_files, pieces_of_layout, reshape
-from fault_tolerance.retention import retain
-from fault_tolerance.shelf import checkpoints, locate, remove, step_name, sweep, torn
-from fault_tolerance.storage import StorageError, open_storage
-from fault_tolerance.verify import DamageError
+from fault_tolerance.checkpoints.checkpoint import INDEX, Checkpoint
+from fault_tolerance.checkpoints.compare import changed_keys, differences
+from fault_tolerance.checkpoints.reshape import pieces_of_files, pieces_of_layout, reshape
+from fault_tolerance.checkpoints.retention import retain
+from fault_tolerance.checkpoints.shelf import checkpoints, locate, remove, step_name, sweep, torn
+from fault_tolerance.checkpoints.storage import StorageError, open_storage
+from fault_tolerance.checkpoints.verify import DamageError
 from framework import run_dir
 from launch.byte_bar import byte_bar, readable
 from parallel.layout import Layout
@@ -146,7 +146,7 @@ def import_(options: argparse.Namespace) -> int:
     if INDEX in open_storage(target).sizes():
         raise ValueError(f"import: {target} must be free, but holds a checkpoint; choose another directory")
     total = sum(lazy.num_bytes for lazy in foreign.tensors.values())
-    from framework.interop import store
+    from framework.interop.exchange import store
 
     with byte_bar("import", total) as advance:
         checkpoint = store(foreign, target, progress=advance)
@@ -277,7 +277,7 @@ def _may_be_saving(path: str, root: str) -> bool:
 
 
 def _adaptor(name: str) -> Any:
-    return importlib.import_module(f"framework.interop_{name}")
+    return importlib.import_module(f"framework.interop.{name}")
 
 
 def _row(checkpoint: Checkpoint) -> tuple[str, str, str, str]:

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from framework.nodes import ClusterError, natural
-from framework.reach import Reach, reach_of
+from framework.cluster.nodes import ClusterError, natural
+from framework.cluster.reach import Reach, reach_of
 
 VERBS = {"add": (0, 1), "drain": (1, 2), "kill": (1, 1), "stop": (1, 1), "cont": (1, 1)}  # least and most words after it
 NOTICE_S = 60.0

@@ -7,7 +7,7 @@ Versions, code, interface and why it is the one, processors, memory, shared memo
 clocks, and latency and bandwidth of every pair of nodes in both directions. `cluster.preflight=true` does the same before a
 run. Exit code 0 if nothing is wrong, 1 if no training should start with what was found.
 
-Rule of this file: it opens the cluster and prints; who measures is `framework/doctor.py`.
+Rule of this file: it opens the cluster and prints; who measures is `framework/trouble/doctor.py`.
 """
 
 from __future__ import annotations

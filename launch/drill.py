@@ -9,7 +9,7 @@
 
 Everything is real: processes, sockets, SIGKILL. Exit code 0 if every invariant held, 1 if one did not.
 
-Rule of this file: it starts runs and prints; what must hold is in `framework/drills.py`.
+Rule of this file: it starts runs and prints; what must hold is in `framework/drills/drill.py`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from framework import run_dir
-from framework.campaign import Campaign, read, write
-from framework.checkout import code
-from framework.drill_sets import DRILLS, MATRIX, random_drill
-from framework.drills import Check, Drill, Ending, checks, ending
-from framework.matrix import cells, left_to_do
-from framework.strikes import Striker, left_behind
+from framework.cluster.checkout import code
+from framework.drills.campaign import Campaign, read, write
+from framework.drills.drill import Check, Drill, Ending, checks, ending
+from framework.drills.matrix import cells, left_to_do
+from framework.drills.sets import DRILLS, MATRIX, random_drill
+from framework.drills.strikes import Striker, left_behind
 from parallel.layout import Layout
 
 LIMIT_S = 1200.0

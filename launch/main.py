@@ -83,7 +83,7 @@ def _dispatch(words: list[str]) -> int:
         print(USAGE.format(commands=_summaries()))
         return 0 if words else USER_ERROR
     if words[0] in ("-V", "--version"):
-        from framework.checkout import ROOT, version
+        from framework.cluster.checkout import ROOT, version
 
         print(f"holdfast {version()} ({ROOT})")
         return 0
@@ -117,7 +117,7 @@ def _own_packages_first() -> None:
     if not places or Path(places[0]).resolve() != HERE.parent / "framework":
         sys.path.insert(0, str(HERE.parent))
         return
-    from framework.checkout import strangers
+    from framework.cluster.checkout import strangers
 
     if strangers():
         sys.path.insert(0, str(HERE.parent))

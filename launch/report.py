@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from framework.report import write
+from framework.monitor.report import write
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from framework.cluster.local_cluster import LocalCluster
 from framework.config import Config, decode
-from framework.local_cluster import LocalCluster
+from framework.monitor.startup import Startup, command_began
 from framework.run_dir import new_run_dir
-from framework.startup import Startup, command_began
 from launch.compose import groups, run_composed
 
 HELP = """

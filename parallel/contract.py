@@ -7,7 +7,7 @@
 
 With that, and `dim` (the width D), a model runs under any pp and dp. For tp it also says `tp_plan()`. It is built on
 the meta device, so its constructor must not read values; parameters get their first values from `initial(name)`
-if it has that, else by the rule of `framework.initial`. Every parameter belongs to one of the four attributes; one may be
+if it has that, else by the rule of `framework.training.initial`. Every parameter belongs to one of the four attributes; one may be
 tied between two of them. Buffers must be a function of the configuration: `reset_buffers()` makes them again.
 
 Rule of this file: it only says what a model must be, and refuses one that is not, in words.

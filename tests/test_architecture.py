@@ -13,13 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FLOORS = ("parallel", "fault_tolerance", "framework", "launch")
 DOORS = {  # library: the files that may import it, as patterns of their path
-    "ray": r"framework/(cluster|local_cluster|warden|ray_\w+)\.py",
-    "wandb": r"framework/telemetry_wandb\.py",
+    "ray": r"framework/cluster/\w+\.py",
+    "wandb": r"framework/monitor/wandb_sink\.py",
     "hydra": r"launch/compose\.py",
     "omegaconf": r"launch/compose\.py",
-    "deepspeed": r"(parallel|framework)/deepspeed\w*\.py",
-    "rich": r"framework/progress\.py|launch/\w+\.py",
-    "yaml": r"framework/(run_dir|report|interop_\w+)\.py|launch/\w+\.py",
+    "deepspeed": r"parallel/deepspeed\w*\.py",
+    "rich": r"framework/monitor/progress\.py|launch/\w+\.py",
+    "yaml": r"framework/(run_dir|monitor/report|interop/\w+)\.py|launch/\w+\.py",
 }
 PURE = (  # files that think, and therefore must be testable without torch
     "parallel/boxes.py",
@@ -27,13 +27,13 @@ PURE = (  # files that think, and therefore must be testable without torch
     "parallel/stages.py",
     "parallel/atlas.py",
     "parallel/checks.py",
-    "fault_tolerance/placement.py",
-    "fault_tolerance/interval.py",
-    "fault_tolerance/budget.py",
+    "fault_tolerance/coding/placement.py",
+    "fault_tolerance/snapshots/interval.py",
+    "fault_tolerance/snapshots/budget.py",
     "framework/plan.py",
-    "framework/watch.py",
-    "framework/seating.py",
-    "framework/incident.py",
+    "framework/control/watch.py",
+    "framework/planning/seating.py",
+    "framework/control/incident.py",
     "framework/config.py",
     "framework/config_rules.py",
 )

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.hosts import Boxes, why_not
 from benchmarks.ray_cluster import RayCluster
-from fault_tolerance import shelf
+from fault_tolerance.checkpoints import shelf
 from framework import run_dir
 from tests.framework.attached import NOTHING, finish, interrupt, left_behind, train, wait_for_step
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from framework.initial import BAND_ELEMENTS, InitialWeights, default_rule, initial_box
 from framework.model import Attention, Decoder, flops_per_token, num_params, rope_table, rotate
+from framework.training.initial import BAND_ELEMENTS, InitialWeights, default_rule, initial_box
 from parallel.assemble import materialise, meta, prune, tie_again
 from parallel.boxes import Box
 from parallel.contract import check_model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fault_tolerance.interval import fixed
+from fault_tolerance.snapshots.interval import fixed
 from framework.trainer import Report, Trainer, TrainSettings
 
 NOTHING: Any = SimpleNamespace()

@@ -10,13 +10,13 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from fault_tolerance.interval import Interval
+from fault_tolerance.snapshots.interval import Interval
 from framework.build import make_engine, make_feed, make_schedule, model_builder, open_data
 from framework.config import decode
-from framework.faults import Fault, FaultInjector
-from framework.initial import InitialWeights
-from framework.integrity import Integrity, flip_bit, sums_of
+from framework.drills.faults import Fault, FaultInjector
 from framework.trainer import Outcome, Trainer, TrainSettings
+from framework.training.initial import InitialWeights
+from framework.training.integrity import Integrity, flip_bit, sums_of
 from parallel.assemble import meta
 from parallel.layout import Layout
 from parallel.mesh import Mesh

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from fault_tolerance import shelf
-from fault_tolerance.checkpoint import Checkpoint
+from fault_tolerance.checkpoints import shelf
+from fault_tolerance.checkpoints.checkpoint import Checkpoint
 from framework import run_dir
-from tests.fault_tolerance.saving import free_port
+from tests.fault_tolerance.checkpoints.saving import free_port
 from tests.launch.runs import Run, rows
 
 SMALL = ("layout.pp=1", "layout.dp=2", "cluster.num_nodes=2", "fault_tolerance.durable.every_steps=5", "fault_tolerance.durable.retries=1")

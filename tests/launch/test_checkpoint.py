@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fault_tolerance.checkpoint import INDEX, Checkpoint
-from fault_tolerance.shelf import checkpoints
+from fault_tolerance.checkpoints.checkpoint import INDEX, Checkpoint
+from fault_tolerance.checkpoints.shelf import checkpoints
 from framework.model import Decoder
 from launch import main as holdfast
 from parallel.atlas import Atlas
 from parallel.layout import Layout
 from parallel.specs import state_specs
-from tests.fault_tolerance.saving import load, random_state, save
+from tests.fault_tolerance.checkpoints.saving import load, random_state, save
 
 ARGUMENTS = {
     "num_layers": 2,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import launch.train
-from framework.ray_rooms import Rooms
+from framework.cluster.ray_rooms import Rooms
 from launch.main import main
 
 
@@ -26,13 +26,13 @@ def test_what_there_is_to_read_is_looked_up(capsys, tmp_path, monkeypatch):
     assert planned(capsys, "data=text", "data.path=a.txt")["data"] == "text, 1 file, 0.1 MB, 256 tokens a sample"
     assert main(["plan", "model=tiny", "data=jsonl", "data.path=nowhere.jsonl"]) == 2
     assert capsys.readouterr().err.startswith("data.path: no such file or folder, got 'nowhere.jsonl'; ")
-    monkeypatch.setattr("framework.ray_rooms.ask", lambda config: Rooms(refusal="nobody is there"))
+    monkeypatch.setattr("framework.cluster.ray_rooms.ask", lambda config: Rooms(refusal="nobody is there"))
     away = ("data=jsonl", "data.path=nowhere.jsonl", "cluster=attached", "cluster.num_nodes=4")
     assert planned(capsys, *away)["data"].startswith("jsonl, "), "the nodes of a cluster may have what this machine has not"
 
 
 def attached(monkeypatch: pytest.MonkeyPatch, **said: Any) -> tuple[str, ...]:
-    monkeypatch.setattr("framework.ray_rooms.ask", lambda config: Rooms(**said))
+    monkeypatch.setattr("framework.cluster.ray_rooms.ask", lambda config: Rooms(**said))
     return ("data=synthetic", "cluster=attached", "cluster.num_nodes=4", "cluster.workers_per_node=1")
 
 
@@ -64,7 +64,7 @@ def test_nodes_that_do_not_answer_are_named_and_the_plan_is_printed_all_the_same
 def test_a_run_without_data_is_refused_before_a_cluster_is_started_for_it(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch.train, "_begun", lambda words: contextlib.nullcontext())
-    monkeypatch.setattr("framework.cluster.Cluster.open", None)
+    monkeypatch.setattr("framework.cluster.cluster.Cluster.open", None)
     assert main(["train", "model=tiny", "data=text", "data.path=nowhere/"]) == 2
     assert capsys.readouterr().err.startswith("data.path: no such file or folder, got 'nowhere/'; ")
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"

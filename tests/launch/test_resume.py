@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fault_tolerance import shelf
+from fault_tolerance.checkpoints import shelf
 from framework import run_dir
 from tests.launch.runs import ROOT, Run, rows
 

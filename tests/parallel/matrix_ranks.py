@@ -6,9 +6,9 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
-from fault_tolerance.checkpoint import Checkpoint
-from fault_tolerance.index import ShardEntry
-from fault_tolerance.shard import write_shard
+from fault_tolerance.checkpoints.checkpoint import Checkpoint
+from fault_tolerance.checkpoints.index import ShardEntry
+from fault_tolerance.checkpoints.shard import write_shard
 from parallel.engine import Engine
 from parallel.layout import Layout
 from parallel.mesh import Mesh

@@ -17,8 +17,8 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from framework.initial import InitialWeights
 from framework.model import Decoder
+from framework.training.initial import InitialWeights
 from parallel.assemble import meta
 from parallel.atlas import STATE_KINDS, Piece
 from parallel.boxes import Box

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from framework.initial import InitialWeights
 from framework.model import Decoder
+from framework.training.initial import InitialWeights
 from parallel.assemble import materialise, meta
 from parallel.boxes import Box
 from tests.parallel.compare import Reference, logical_state, loss_error, norm_error, same_bits, state_error, whole_state

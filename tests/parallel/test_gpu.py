@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from fault_tolerance.digest import digest
-from fault_tolerance.snapshot import carrier
-from framework.streams import seed_streams
+from fault_tolerance.snapshots.snapshot import carrier
+from framework.training.streams import seed_streams
 from parallel import ring
 from parallel.boxes import Box
 from parallel.layout import Layout

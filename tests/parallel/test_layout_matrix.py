@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fault_tolerance.checkpoint import Checkpoint, commit
+from fault_tolerance.checkpoints.checkpoint import Checkpoint, commit
 from parallel.assemble import meta
 from parallel.specs import state_specs
 from tests.parallel.harness import Pool

@@ -6,15 +6,15 @@ import time
 
 import pytest
 
-from fault_tolerance.detector import Detector
-from fault_tolerance.timeline import meetings
-from fault_tolerance.verdict import Topology
+from fault_tolerance.detection.detector import Detector
+from fault_tolerance.detection.timeline import meetings
+from fault_tolerance.detection.verdict import Topology
 from parallel.layout import Layout
 from parallel.native import BuildError
 from parallel.record import Phase
 from parallel.recorder import Recorder
 from parallel.recorder_build import load
-from tests.fault_tolerance.plain import transfers
+from tests.fault_tolerance.detection.plain import transfers
 from tests.parallel.ranks import Job, engine_for, step_once
 from tests.parallel.record_ranks import ranks
 

@@ -1,0 +1,1 @@
+"""The training state in files that any layout loads."""

@@ -1,0 +1,1 @@
+"""The erasure code, and which node holds what of it."""

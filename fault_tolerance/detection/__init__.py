@@ -1,0 +1,1 @@
+"""Judgements on records of collectives, on numbers, on machines and on ways."""

@@ -1,0 +1,1 @@
+"""Ray and the machines: the only folder in which Ray is called."""

@@ -1,0 +1,1 @@
+"""What `plan.py` decides by: costs, layouts, seats, devices."""

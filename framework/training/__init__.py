@@ -1,0 +1,1 @@
+"""A rank's parts beside the loop of `trainer.py`."""

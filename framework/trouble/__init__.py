@@ -1,0 +1,1 @@
+"""From what is seen of a crew to what is done about it."""
