@@ -12,6 +12,7 @@ Rule of this file: one process. It has never heard of Ray, and of other ranks it
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -206,6 +207,7 @@ class Worker:
             traceback.print_exc()
             return {"how": self._how(error), "evidence": _last_line(error)}
         finally:
+            gc.collect()  # what an error's frames held on to: of a group that lives on, gloo's thread may wake for ever
             self._phase, self._trainer = "idle", None
             self._done.set()
 
