@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from fault_tolerance.snapshots.catalogue import Snapshot
-from fault_tolerance.snapshots.restore import Reader
+from fault_tolerance.snapshots.restore import Reader, share
 from fault_tolerance.snapshots.snapshot import Snapshotter
 from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
 from parallel.atlas import Atlas, Piece
@@ -67,6 +67,6 @@ class Restore:
         reader = Reader(snapshot, node=self._node, secret=self._secret)
         try:
             reader.restore(self._atlas, self._rank, self._held)
-            reader.digest(self._atlas, self._rank, self._held)
+            share(self._atlas, self._rank, self._held)
         finally:
             reader.close()

@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from framework.cluster.cluster import CallError, Cluster, wait_all
@@ -33,7 +33,7 @@ from framework.control.broken_ways import BrokenWays
 from framework.control.closing import Closing
 from framework.control.crew import Crew, muster
 from framework.control.durable import Durable
-from framework.control.incident import Trouble
+from framework.control.incident import HOLD, Trouble
 from framework.control.inventory import LOOK_S, Inventory, Stopped
 from framework.control.journal import Journal
 from framework.control.memory import Memory
@@ -42,7 +42,7 @@ from framework.control.watch import Limits, Sight, apart, judge, notice
 from framework.monitor.prometheus import Gauge, by_name, endpoint
 from framework.monitor.startup import Startup
 from framework.monitor.vitals import Vitals
-from framework.plan import Plan, Refused, Source, Unfit, choose, expected_s, make_plan, options
+from framework.plan import Place, Plan, Refused, Source, Unfit, choose, expected_s, make_plan, options, stay
 from framework.planning.devices import decide
 from framework.planning.planner import Planner
 from framework.trouble.distrust import Distrust
@@ -111,6 +111,7 @@ class Controller:
         self._summary: dict[str, Any] | None = None
         self._response: Response | None = None
         self._tried = Tried()
+        self._held: tuple[Plan, int] | None = None  # the plan whose ranks have kept their state, and its step
         self._vitals = Vitals()
         self._answers_s: deque[float] = deque(maxlen=256)
         self._called, self._running = threading.Event(), threading.Lock()
@@ -226,7 +227,7 @@ class Controller:
         if ended is not None and ended.kind == "node_loss":
             self._memory.lost |= set(ended.nodes)  # a frozen one would be waited for
         self._keep(plan, last=True)
-        if ended is None or (self._stop.is_set() and crew.finished):
+        if ended is None or (self._stop.is_set() and crew.finished and self._held is None):
             return None
         self._clear(crew, ended)
         unreadable = any(view.how == "restore_failed" for view in crew.ended().values())
@@ -271,12 +272,15 @@ class Controller:
             self._inventory.await_first()
         places = self._inventory.enough_places()
         self._memory.look(self._pool.agents, apart=self._inventory.left_out)
+        generation = max(self._memory.generation, self._journal.generation)
+        held, self._held = self._held, None
+        if held is not None and self._all_there(held[0], places):
+            return stay(held[0], generation=generation, step=held[1], trouble=str(trouble))
         source = self._source()
         if source.tier == "memory" and self._memory.snapshot is not None:
             self._journal.adopt(self._memory.snapshot.extra.get("rows", ()))
         if self._journal.plan is not None:
             self._planner.measured(self._journal.plan.layout, self._journal.step_s)
-        generation = max(self._memory.generation, self._journal.generation)
         situation = self._planner.situation(
             places,
             source=source,
@@ -286,6 +290,11 @@ class Controller:
             seated=self._inventory.seated,
         )
         return make_plan(self._run_id, self._planner.wish(), situation)
+
+    def _all_there(self, plan: Plan, places: Sequence[Place]) -> bool:
+        """Whether every process of a plan may take its seat again."""
+        usable = {place.node for place in places}
+        return all(seat.node in usable and seat.worker in self._pool.workers for seat in plan.seats)
 
     def _source(self) -> Source:
         """Where the state comes from: the newest snapshot, else the newest checkpoint, else the seed.
@@ -376,11 +385,12 @@ class Controller:
             if trouble is not None and not trouble.planned:
                 self._journal.take(crew.last_words(sight.dead_nodes), crew.plan)
                 return trouble
-            if leaving is None:
+            holds = trouble is not None and trouble.remedy == HOLD
+            if leaving is None or (holds and leaving.remedy != HOLD):  # who was asked to stop cannot keep the state there any more
                 leaving = trouble or self._wish_to_leave(crew)
                 if leaving is not None:
                     self._journal.event("trouble", reason=str(leaving), cause=leaving.kind)
-                    crew.request_stop()
+                    (crew.request_hold if leaving.remedy == HOLD else crew.request_stop)()
             crew.wait(CALM_LOOK_S if leaving is None and self._is_calm(sight, crew.plan) else LOOK_S)
 
     def _is_calm(self, sight: Sight, plan: Plan) -> bool:
@@ -438,6 +448,8 @@ class Controller:
         outcomes = [view.outcome for view in crew.ranks if view.outcome is not None]
         if all(outcome["how"] == "finished" for outcome in outcomes):
             return None
+        if all(outcome["how"] == "held" for outcome in outcomes):
+            self._held = crew.plan, int(outcomes[0]["step"])
         spoilt = next((outcome for outcome in outcomes if outcome["how"] in ("corrupt", "diverged")), None)
         return self._distrust.roll_back(crew.plan, spoilt) if spoilt is not None else leaving
 

@@ -78,7 +78,8 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the state comes from: `fresh`, `memory` (the vaults) or `durable` (a checkpoint), and its step."""
+    """Where the state comes from, and its step: `fresh`, `memory` (the vaults), `durable` (a checkpoint), or `ranks`, which still
+    have it, each its own part."""
 
     tier: str
     step: int
@@ -176,6 +177,12 @@ def make_plan(run: str, wish: Wish, situation: Situation) -> Plan:
         options=scored[:NUM_KEPT],
         reason=_reason(chosen, scored, wish, situation, tolerate, len(nodes)),
     )
+
+
+def stay(plan: Plan, *, generation: int, step: int, trouble: str) -> Plan:
+    """The same once more: all ranks live, and go on from what they have themselves."""
+    reason = f"{trouble}; as before: layout {plan.layout} on {len(plan.nodes)} nodes; state of step {step} from the ranks themselves"
+    return replace(plan, generation=generation + 1, source=Source("ranks", step), options=(), reason=reason)
 
 
 def options(wish: Wish, situation: Situation) -> tuple[Option, ...]:

@@ -112,9 +112,9 @@ class TrainSettings:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a generation ended for this rank: `finished`, `stopped` (asked to, at a step boundary), `diverged` or `corrupt`.
+    """How a generation ended for this rank: `finished`, `stopped` or `held` (asked to, at a step boundary), `diverged` or `corrupt`.
 
-    Of the last two: `clean` is the newest step whose state is believed, `ranks` who is at fault, as far as that is known.
+    `held`: the state of `step` is in the engine and nowhere else. Of the last two: `clean` is the newest step whose state is believed, `ranks` who is at fault, as far as that is known.
     """
 
     kind: str
@@ -132,6 +132,7 @@ class Report:
     loss: float
     grad_norm: float
     stop: bool
+    hold: bool
     defer: bool
     record: bool
     test: bool
@@ -175,7 +176,7 @@ class Trainer:
         self._changed = ""
         self._shares: tuple[int, ...] = ()  # samples of each replica; empty: all alike
         self._new_shares: tuple[int, ...] | None = None
-        self._stop, self._test, self._want = threading.Event(), threading.Event(), threading.Event()
+        self._stop, self._test, self._want, self._hold = (threading.Event() for _ in range(4))
         self._pass_s = 0.0
         self._last_step_s = 0.0
         self._last_snapshot = -1
@@ -188,6 +189,15 @@ class Trainer:
     def request_stop(self) -> None:
         """Ask all ranks, through this one, to end at the next step boundary."""
         self._stop.set()
+
+    def request_hold(self) -> None:
+        """Ask for an end at the next step boundary without a snapshot, for there is a vault that would not take it. Asked of all ranks."""
+        self._hold.set()
+
+    @property
+    def holding(self) -> bool:
+        """Whether no snapshot is to be waited for any more."""
+        return self._hold.is_set()
 
     def request_snapshot(self) -> None:
         """Have all ranks take a snapshot at the next step boundary, whatever the interval says."""
@@ -226,6 +236,8 @@ class Trainer:
             self._last_step_s = time.monotonic() - began
             self._emit(self._row(step, report) | ({} if remedy is Remedy.KEEP else {"skipped": True}))
             began = time.monotonic()  # what a snapshot costs counts in the step after it
+            if report.hold:
+                return Outcome("held", step)
             last = step == self._settings.num_steps or report.stop
             if last or self._due(step, report):
                 self._take(step, report, last=last)
@@ -260,6 +272,7 @@ class Trainer:
         behind = self._is_behind(step)
         said = (
             self._stop.is_set(),
+            self._hold.is_set(),
             defer,
             self._record is not None and self._record.ready(),
             self._test.is_set(),
@@ -271,7 +284,7 @@ class Trainer:
         local = [*map(float, said), cost, self._last_step_s, *self._as_numbers(wanted)]
         sums = torch.stack([loss.double(), self._engine.grad_square_sum().double()])
         sums = torch.cat([sums, torch.tensor(local, dtype=torch.float64, device=sums.device)])
-        loss_sum, square_sum, stop, defer_sum, ready_sum, test_sum, changed_sum, want_sum, behind_sum, cost_sum, time_sum, *told = (
+        loss_sum, square_sum, stop, hold_sum, defer_sum, ready_sum, test_sum, changed_sum, want_sum, behind_sum, cost_sum, time_sum, *told = (
             self._sum(sums).tolist()
         )
         if self._integrity is not None and changed_sum == 0:
@@ -283,6 +296,7 @@ class Trainer:
             loss=loss_sum / self._settings.tokens_per_step,
             grad_norm=math.sqrt(square_sum) if square_sum >= 0 else math.nan,
             stop=stop > 0,
+            hold=hold_sum > 0,
             defer=defer_sum > 0,
             record=ready_sum == self._num_ranks,
             test=test_sum > 0,
@@ -361,7 +375,7 @@ class Trainer:
     def _update(self, step: int, report: Report) -> None:
         self._phase(step, "gate")
         if self._snapshots is not None:
-            self._stall_s = self._snapshots.gate() + (self._hold_back(step) if report.behind else 0.0)
+            self._stall_s = self._snapshots.gate() + (self._hold_back(step) if report.behind and not report.hold else 0.0)
         self._phase(step, "optimizer")
         clip = self._settings.grad_clip
         scale = min(1.0, clip / (report.grad_norm + 1e-6)) if clip > 0 else 1.0
@@ -413,6 +427,8 @@ class Trainer:
         self._phase(step, "staging")
         self._snapshots.gate()
         while must and self._anywhere(not self._snapshots.has_room()):
+            if self._anywhere(self._hold.is_set()):
+                return
             time.sleep(0.01)
         samples = step * self._settings.global_batch
         self._snapshots.begin(step, {"step": step, "samples": samples, "rows": self._untold()}, self._engine.state())

@@ -43,6 +43,7 @@ from framework.planning.devices import check_here, decide, device_of
 from framework.trainer import Outcome, Trainer, TrainSettings
 from framework.training.finish import sample_text, state_digest
 from framework.training.heap import keep_freed_memory
+from framework.training.holding import Held, hold, take_up
 from framework.training.initial import InitialWeights
 from framework.training.integrity import Integrity, flip_bit
 from framework.training.pair_test import pair_test
@@ -84,7 +85,8 @@ class Worker:
         self._num_rows, self._told = 0, (0, 0)  # of this generation: all, and those when last but once and last asked
         self._generation = 0
         self._over = 0  # this generation and all before it have been ended from outside
-        self._stop_asked = 0
+        self._stop_asked = self._hold_asked = 0
+        self._held: Held | None = None
         self._mesh: Mesh | None = None
         self._recording: Recording | None = None
         self._standing = ""
@@ -121,6 +123,12 @@ class Worker:
         trainer = self._trainer
         if generation == self._generation and trainer is not None:
             trainer.request_stop()
+
+    def request_hold(self, generation: int) -> None:
+        """End at the next step boundary, with all ranks, and hold the state: a vault is lost, and all ranks live."""
+        self._hold_asked = max(self._hold_asked, generation)
+        if generation == self._generation and self._trainer is not None:
+            self._trainer.request_hold()
 
     def request_snapshot(self, generation: int) -> None:
         """Take a snapshot at the next step boundary, with all ranks."""
@@ -179,7 +187,7 @@ class Worker:
     # lane "train"
 
     def run(self, order: dict[str, Any]) -> dict[str, Any]:
-        """One generation. Returns how it ended: `finished`, `stopped`, `diverged`, `corrupt`, `collective`, `aborted`, `error`
+        """One generation. Returns how it ended: `finished`, `stopped`, `held`, `diverged`, `corrupt`, `collective`, `aborted`, `error`
         or `restore_failed`, with evidence.
         """
         plan: Plan = order["plan"]
@@ -214,6 +222,11 @@ class Worker:
     @property
     def _ended(self) -> bool:
         return self._over >= self._generation
+
+    @property
+    def _holding(self) -> bool:
+        trainer = self._trainer
+        return trainer is not None and trainer.holding
 
     def _how(self, error: Exception) -> str:
         if self._ended:
@@ -260,7 +273,7 @@ class Worker:
                 keeping,
                 rank=order["rank"],
                 secret=self._secret,
-                given_up=lambda: self._ended,
+                given_up=lambda: self._ended or self._holding,
                 patient=self._config.fault_tolerance.max_steps_lost is not None,
             )
             return self._train(engine, mesh, plan, faults, staging, recording, start=recovery["step"], reporter=order["rank"] == 0)
@@ -276,6 +289,9 @@ class Worker:
             mesh.close()
 
     def _restore(self, engine: Engine, mesh: Mesh, plan: Plan, order: dict[str, Any]) -> dict[str, Any]:
+        held, self._held = self._held, None  # what is not taken up now is old
+        if plan.source.tier == "ranks":
+            return take_up(held, engine, mesh, plan.source.step)
         if plan.source.tier == "fresh":
             engine.initialise(InitialWeights(meta(model_builder(self._config)), seed=self._config.seed))
             return {"tier": "fresh", "step": 0}
@@ -318,10 +334,14 @@ class Worker:
         )
         if self._stop_asked >= plan.generation:
             trainer.request_stop()  # asked while this rank was still restoring
+        if self._hold_asked >= plan.generation:
+            trainer.request_hold()
         try:
             outcome = trainer.run(start)
             if outcome.kind in ("finished", "stopped"):
                 staging.finish(outcome.step)
+            if outcome.kind == "held":
+                self._held = hold(engine, mesh, outcome.step)
             return outcome
         finally:
             feed.close()

@@ -4,8 +4,8 @@ How to use it, with `snapshot = catalogue(inventories, run=run).newest` (it trav
 
     reader = Reader(snapshot, node=my_node, secret=secret)
     stats = reader.restore(engine.atlas, rank, engine.state())     # local, peer and decoded bytes, seconds
-    share = reader.digest(engine.atlas, rank, engine.state())      # this rank's part
-    ...  sum of all ranks' shares mod 2^64 must equal snapshot.digest
+    part = share(engine.atlas, rank, engine.state())               # this rank's
+    ...  sum of all ranks' parts mod 2^64 must equal snapshot.digest
     engine.loaded(snapshot.step); reader.close()
 
 Only the chunks that hold wanted bytes are read, each is hashed before it is used, and what is lost or damaged is
@@ -36,7 +36,7 @@ from fault_tolerance.snapshots.slab import item_bytes
 from fault_tolerance.snapshots.snapshot import carrier
 from parallel.atlas import Atlas, Piece
 
-__all__ = ["Reader", "RestoreError", "RestoreStats"]
+__all__ = ["Reader", "RestoreError", "RestoreStats", "share"]
 
 THREADS = 4
 
@@ -90,17 +90,6 @@ class Reader:
             seconds=time.monotonic() - began,
         )
 
-    def digest(self, atlas: Atlas, rank: int, tensors: Mapping[Piece, torch.Tensor]) -> int:
-        """This rank's share in the digest of the logical state: over what it owns, so that each element counts once."""
-
-        def share(part: tuple[Piece, Piece]) -> int:
-            piece, home = part
-            array = carrier(tensors[home])[piece.box.within(home.box)].cpu().numpy()
-            return digest(array, name=piece.tensor, box=piece.box)
-
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="digest") as pool:
-            return reduce(combine, pool.map(share, atlas.shares(rank)), 0)
-
     def close(self) -> None:
         """End all connections."""
         self._blocks.close()
@@ -110,6 +99,18 @@ class Reader:
         for move in batch.moves:
             first, part = next((at, part) for at, part in reversed(parts) if at <= move.first)
             _copy(move, part, first, tensors[Piece(move.tensor, move.target)])
+
+
+def share(atlas: Atlas, rank: int, tensors: Mapping[Piece, torch.Tensor], *, threads: int = THREADS) -> int:
+    """A rank's part of the digest of the logical state: over what it owns, so that each element counts once."""
+
+    def of(owned: tuple[Piece, Piece]) -> int:
+        piece, home = owned
+        array = carrier(tensors[home])[piece.box.within(home.box)].cpu().numpy()
+        return digest(array, name=piece.tensor, box=piece.box)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="digest") as pool:
+        return reduce(combine, pool.map(of, atlas.shares(rank)), 0)
 
 
 def _copy(move: Move, part: NDArray[np.uint8], at: int, target: torch.Tensor) -> None:

@@ -130,6 +130,12 @@ class Crew:
             if view.ended is None:
                 view.remote.call("request_stop", self.plan.generation)
 
+    def request_hold(self) -> None:
+        """Ask the crew to end at the next step boundary with its state in its own memory, for a vault of it is lost."""
+        for view in self.ranks:
+            if view.ended is None:
+                view.remote.call("request_hold", self.plan.generation)
+
     def request_snapshot(self) -> None:
         """Have the crew take a snapshot at the next step boundary."""
         self.ranks[0].remote.call("request_snapshot", self.plan.generation)
@@ -202,7 +208,7 @@ class Crew:
         except CallError as error:
             view.ended = Ended("error", str(error), now)
         else:
-            if result["how"] in ("finished", "stopped", "diverged", "corrupt"):
+            if result["how"] in ("finished", "stopped", "held", "diverged", "corrupt"):
                 view.outcome = result
             view.ended = Ended(result["how"], result.get("evidence", ""), now)
 

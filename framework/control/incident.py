@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KINDS = ("crash", "node_loss", "hang", "mismatch", "slow_compute", "slow_link", "nan", "preemption", "resize", "controller")
+HOLD = "hold"  # the ranks keep their state themselves
 TIERS = ("local", "peer_memory", "parity", "durable", "fresh")
 
 
@@ -20,7 +21,8 @@ TIERS = ("local", "peer_memory", "parity", "durable", "fresh")
 class Trouble:
     """Why a generation ended before its time. `silent_s`: since the last sign of life of who is at fault.
 
-    `remedy`: what was decided about somebody slow, by the name of the action. `ways`: those that are dead, (from, to)."""
+    `remedy`: what was decided about somebody slow, by the name of the action; HOLD where vaults are lost and all ranks live.
+    `ways`: those that are dead, (from, to)."""
 
     kind: str
     ranks: tuple[int, ...]
@@ -35,7 +37,7 @@ class Trouble:
     @property
     def planned(self) -> bool:
         """Whether the crew can be asked to end at a step boundary, because everybody still works."""
-        return self.kind in ("preemption", "resize", "slow_compute", "slow_link", "controller")
+        return self.remedy == HOLD or self.kind in ("preemption", "resize", "slow_compute", "slow_link", "controller")
 
     def __str__(self) -> str:
         who = f"rank {', '.join(map(str, self.ranks))}" if self.ranks else "no rank"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from framework.control.incident import Trouble
+from framework.control.incident import HOLD, Trouble
 from framework.plan import Plan
 
 ALL_SILENT = 4.0
@@ -128,7 +128,7 @@ def _lost_vaults(sight: Sight, plan: Plan) -> Trouble | None:
     nodes = sorted(n for n in sight.vaults_lost if n in plan.nodes)
     if not nodes:
         return None
-    return Trouble("crash", (), tuple(nodes), "the vault process died", _step(sight), sight.now)
+    return Trouble("crash", (), tuple(nodes), "the vault process died", _step(sight), sight.now, remedy=HOLD)
 
 
 def _broken_collective(sight: Sight, plan: Plan, limits: Limits) -> Trouble | None:

@@ -189,8 +189,8 @@ def _times(run: str | Path, summary: Mapping[str, Any], hits: Sequence[Hit]) -> 
     for incident in summary.get("incidents", ()):
         causes = [hit.at for hit in hits if hit.pids and hit.at < incident["detected_at"] and hit.strike.kind in STRUCK_AT_ONCE]
         end = ends.get(incident["detected_at"])
-        if end is None or not causes or incident["kind"] not in ("crash", "node_loss"):
-            continue
+        if end is None or not causes or incident["kind"] not in ("crash", "node_loss") or incident.get("remedy"):
+            continue  # what was planned counts from the crew's last step
         clock = end - causes[-1]
         told.append(f"{incident['total_s']:.1f} s ({clock:.1f} by the clock), restore {incident['restore_s']:.2f}")
         if abs(clock - incident["total_s"]) > TIME_S + 0.1 * clock:

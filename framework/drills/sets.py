@@ -174,6 +174,12 @@ DRILLS = (
         tier="durable",
     ),
     Drill("vault", "a node's agent is killed, and with it the vault", BASE, strikes=(Strike("step 6", 0.1, "kill_agent", "n2"),)),
+    Drill(
+        "vaults",
+        "all agents are killed at once, and with them all vaults; the ranks go on from what they have themselves",
+        BASE,
+        strikes=tuple(Strike("step 6", 0.0, "kill_agent", f"n{node}") for node in range(4)),
+    ),
     Drill("stop", "a worker is stopped (SIGSTOP)", BASE, ("{step: 7, kind: stop_worker, rank: 5, phase: forward}",), verdict=("hang", 5)),
     Drill(
         "hang",

@@ -22,7 +22,7 @@ from fault_tolerance.checkpoints.storage import StorageError
 from fault_tolerance.checkpoints.verify import DamageError
 from fault_tolerance.digest import MODULUS
 from fault_tolerance.snapshots.catalogue import Snapshot
-from fault_tolerance.snapshots.restore import Reader, RestoreError
+from fault_tolerance.snapshots.restore import Reader, RestoreError, share
 from fault_tolerance.snapshots.wire import Refused, WireError
 from framework.plan import Source
 from parallel.atlas import Atlas, Piece
@@ -48,7 +48,7 @@ def restore(
 
     Raises RestoreFailed on every rank if it fails on one.
     """
-    captured, share, failure, found = 0, 0, "", dict[str, Any]()
+    captured, part, failure, found = 0, 0, "", dict[str, Any]()
     try:
         if source.tier == "durable":
             found = _from_checkpoint(engine, str(source.path))
@@ -56,10 +56,10 @@ def restore(
             assert snapshot is not None, "a plan that restores from memory comes with its snapshot"
             kept = Snapshot.from_json(snapshot)
             captured = kept.digest
-            found, share = _from_memory(engine, mesh.rank, kept, node=node, secret=secret)
+            found, part = _from_memory(engine, mesh.rank, kept, node=node, secret=secret)
     except FAILURES as error:
         failure = f"{type(error).__name__}: {error}"
-    _agree(mesh, captured, share, failure)
+    agree(mesh, captured, part, failure)
     engine.loaded(found["step"])
     return found
 
@@ -122,7 +122,7 @@ def _from_memory(
     reader = Reader(snapshot, node=node, secret=secret)
     try:
         stats = reader.restore(engine.atlas, rank, engine.state())
-        share = reader.digest(engine.atlas, rank, engine.state())
+        part = share(engine.atlas, rank, engine.state())
     finally:
         reader.close()
     found = {
@@ -132,15 +132,21 @@ def _from_memory(
         "bytes_peer": stats.peer_bytes,
         "bytes_decoded": stats.decoded_bytes,
     }
-    return found, share
+    return found, part
 
 
-def _agree(mesh: Mesh, captured: int, share: int, failure: str) -> None:
-    """All ranks learn whether all have their bytes, and whether these are the bytes that were captured."""
-    limbs = [float(share >> shift & (1 << LIMB_BITS) - 1) for shift in range(0, 64, LIMB_BITS)]
-    total = mesh.sum(torch.tensor([float(bool(failure)), *limbs], dtype=torch.float64)).tolist()
-    if total[0]:
-        raise RestoreFailed(failure or f"{total[0]:.0f} other ranks failed")
-    restored = sum(int(limb) << shift for limb, shift in zip(total[1:], range(0, 64, LIMB_BITS), strict=True)) % MODULUS
+def total(mesh: Mesh, part: int, *, failed: bool = False) -> tuple[int, int]:
+    """How many ranks have failed, and the digest of the state of which every rank gives its part. A collective."""
+    limbs = [float(part >> shift & (1 << LIMB_BITS) - 1) for shift in range(0, 64, LIMB_BITS)]
+    failures, *sums = mesh.sum(torch.tensor([float(failed), *limbs], dtype=torch.float64)).tolist()
+    whole = sum(int(limb) << shift for limb, shift in zip(sums, range(0, 64, LIMB_BITS), strict=True))
+    return int(failures), whole % MODULUS
+
+
+def agree(mesh: Mesh, captured: int, part: int, failure: str) -> None:
+    """All ranks learn whether all have their bytes, and whether these are the bytes that were captured. Raises RestoreFailed."""
+    failures, restored = total(mesh, part, failed=bool(failure))
+    if failures:
+        raise RestoreFailed(failure or f"{failures} other ranks failed")
     if restored != captured:
         raise RestoreFailed(f"digest of the state must be {captured:016x} as at capture, got {restored:016x}")

@@ -15,6 +15,8 @@ from fault_tolerance.snapshots.snapshot import GATE_S, Snapshotter
 from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
 from parallel.atlas import Piece
 
+FAILED_S = 10.0  # until those whose vault is lost are surely told so
+
 
 class NotProtected(RuntimeError):
     """The last snapshot of a generation could not be made safe; its cause is in the vaults."""
@@ -33,6 +35,7 @@ class Staging:
         """
         self._snapshotter = Snapshotter(plan, rank=rank, secret=secret, gate_s=plan.deadline_s if patient else GATE_S)
         self._patience_s, self._given_up = plan.deadline_s, given_up
+        self._failed_at: float | None = None
 
     def ready(self) -> bool:
         """Whether there is room for another snapshot."""
@@ -78,8 +81,13 @@ class Staging:
         return self._snapshotter.cost_s()
 
     def has_room(self) -> bool:
-        """As `ready`, for a snapshot that must be taken. Raises NotProtected where waiting is of no use."""
-        if self._snapshotter.failure or self._snapshotter.fenced:
+        """As `ready`, for a snapshot that must be taken. Raises NotProtected where waiting is of no use: of a vault that has failed some
+        time after it has, for if its process is gone the crew is about to be told.
+        """
+        if self._snapshotter.failure and self._failed_at is None:
+            self._failed_at = time.monotonic()
+        failed = self._failed_at is not None and time.monotonic() - self._failed_at > FAILED_S
+        if failed or self._snapshotter.fenced:
             raise NotProtected(f"no room for another snapshot: {self._why()}")
         return self._snapshotter.ready()
 

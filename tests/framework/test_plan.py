@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from framework.plan import Place, Refused, Situation, Source, Wish, make_plan, microbatches, worth_growing
+from framework.plan import Place, Refused, Situation, Source, Wish, make_plan, microbatches, stay, worth_growing
 from parallel.layout import Layout
 
 WISH = Wish(
@@ -155,3 +155,11 @@ def test_a_loss_never_gives_a_run_more_ranks_than_were_asked_for() -> None:
     found = tuple(Place(f"n{i}", 1, f"n{i}", int(i > 0)) for i in range(4))
     plan = make_plan("r", wish, situation(found, trouble="crash: rank 0", seated=("n0",), candidates=lambda slots: [Layout(), Layout(dp=3)][: slots]))
     assert {option.layout for option in plan.options} == {Layout()}
+
+
+def test_who_stays_has_the_same_seats_and_its_own_state_under_a_new_number() -> None:
+    before = make_plan("r", WISH, situation(places(4)))
+    after = stay(before, generation=before.generation, step=44, trouble="crash: the vault process died")
+    assert (after.layout, after.seats, after.domains, after.tolerate) == (before.layout, before.seats, before.domains, before.tolerate)
+    assert (after.generation, after.source) == (before.generation + 1, Source("ranks", 44))
+    assert after.reason.startswith("crash: the vault process died; as before: layout 2x2x2 on 4 nodes")

@@ -27,7 +27,7 @@ def trainer(*, every: int, durable_every: int = 0, most: int | None = None, **pa
 
 def report(*, wanted: bool = False) -> Report:
     return Report(
-        loss=1.0, grad_norm=1.0, stop=False, defer=False, record=False, test=False, wanted=wanted, behind=False, corrupt=False,
+        loss=1.0, grad_norm=1.0, stop=False, hold=False, defer=False, record=False, test=False, wanted=wanted, behind=False, corrupt=False,
         snapshot_cost_s=0.0, step_time_s=1.0,
     )  # fmt: skip
 

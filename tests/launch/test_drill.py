@@ -34,17 +34,18 @@ def drilled(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.cluster
-def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sample_and_no_loss(tmp_path: Path) -> None:
+def test_two_lost_nodes_all_vaults_and_a_controller_lost_in_every_state_cost_no_sample_and_no_loss(tmp_path: Path) -> None:
     """`sooner`: a second node dies before the crew of the first recovery is called. `controller`: killed while it musters,
-    watches, clears up after a lost node, and closes out. Both are judged against their twins, by the command itself. On a
-    busy machine the second node may be gone before the first plan; then it has no incident of its own.
+    watches, clears up after a lost node, and closes out. `vaults`: no snapshot is left, and it was the end of the run although
+    every rank was well. All are judged against their twins, by the command itself. On a busy machine the second node may be
+    gone before the first plan; then it has no incident of its own.
     """
     small = ["cluster.workers_per_node=1", "layout.tp=1", "optim.num_steps=40"]  # of one length: they share their twin
-    result = drilled(tmp_path, "sooner", "controller", *small)
+    result = drilled(tmp_path, "sooner", "controller", "vaults", *small)
     logs = "\n".join(path.read_text(errors="replace") for path in tmp_path.glob("runs/drill-*/*.log"))
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{logs}"
-    sooner, controller = (
-        json.loads(next(tmp_path.glob(f"runs/drill-*/{name}/summary.json")).read_text()) for name in ("sooner", "controller")
+    sooner, controller, vaults = (
+        json.loads(next(tmp_path.glob(f"runs/drill-*/{name}/summary.json")).read_text()) for name in ("sooner", "controller", "vaults")
     )
     crews = [e["reason"] for e in run_dir.events(next(tmp_path.glob("runs/drill-*/sooner"))) if e["kind"] == "crew"]
     assert len(list(tmp_path.glob("runs/drill-*/*-twin"))) == 1
@@ -52,6 +53,7 @@ def test_two_lost_nodes_and_a_controller_that_is_lost_in_every_state_cost_no_sam
     found = [i["kind"] for i in controller["incidents"]].count("controller")
     assert found >= 3, "all but the first, which may come before there is anything to find again"
     assert controller["samples"] == 320
+    assert vaults["incidents"] and sum(incident["steps_lost"] for incident in vaults["incidents"]) == 0
 
 
 @pytest.mark.cluster

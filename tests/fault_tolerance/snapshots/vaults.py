@@ -18,7 +18,7 @@ import torch
 
 from fault_tolerance.coding.placement import plan_groups
 from fault_tolerance.snapshots.catalogue import Catalogue, catalogue
-from fault_tolerance.snapshots.restore import Reader, RestoreStats
+from fault_tolerance.snapshots.restore import Reader, RestoreStats, share
 from fault_tolerance.snapshots.snapshot import Snapshotter
 from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
 from fault_tolerance.snapshots.vault_client import VaultClient
@@ -214,7 +214,7 @@ class VaultCluster:
             reader = Reader(snapshot, node=node, secret=self.secret)
             tensors.append(empty_shards(atlas, rank))
             stats.append(reader.restore(atlas, rank, tensors[-1]))
-            total += reader.digest(atlas, rank, tensors[-1])
+            total += share(atlas, rank, tensors[-1])
             reader.close()
         assert total % (1 << 64) == snapshot.digest
         return tensors, stats

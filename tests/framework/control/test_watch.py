@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from framework.control.incident import Trouble
+from framework.control.incident import HOLD, Trouble
 from framework.control.watch import Ended, Limits, Sight, judge
 from framework.plan import Plan, Seat, Source
 from parallel.layout import Layout
@@ -115,3 +115,12 @@ def test_who_is_in_trouble_is_said_once() -> None:
     hung = Trouble("hang", (2,), ("n1",), "rank 2 on n1 did not come to allreduce #4", 7, 0.0)
     assert str(hung) == "hang: rank 2 on n1 did not come to allreduce #4"
     assert str(replace(hung, evidence="does not answer")) == "hang: rank 2 on n1: does not answer"
+
+
+def test_who_loses_a_vault_and_no_rank_ends_at_a_step_boundary_and_keeps_its_state() -> None:
+    """All vaults were killed, all ranks were well, and the run was over: nobody had the state, as it was said."""
+    trouble = judge(see(vaults_lost=frozenset({"n0", "n1"})), PLAN, LIMITS)
+    assert trouble is not None and trouble.planned
+    assert (trouble.kind, trouble.nodes, trouble.remedy) == ("crash", ("n0", "n1"), HOLD)
+    worse = judge(see(vaults_lost=frozenset({"n0"}), ended={1: Ended("died", "killed by signal 9", 1.0)}), PLAN, LIMITS)
+    assert worse is not None and (worse.ranks, worse.planned) == ((1,), False)
