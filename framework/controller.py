@@ -42,7 +42,19 @@ from framework.control.watch import Limits, Sight, apart, judge, notice
 from framework.monitor.prometheus import Gauge, by_name, endpoint
 from framework.monitor.startup import Startup
 from framework.monitor.vitals import Vitals
-from framework.plan import Place, Plan, Refused, Source, Unfit, choose, expected_s, make_plan, options, stay
+from framework.plan import (
+    Place,
+    Plan,
+    Refused,
+    Source,
+    Unfit,
+    choose,
+    expected_s,
+    held_by_all,
+    make_plan,
+    options,
+    stay,
+)
 from framework.planning.devices import decide
 from framework.planning.planner import Planner
 from framework.trouble.distrust import Distrust
@@ -239,7 +251,7 @@ class Controller:
     # look and plan
 
     def _inherit(self) -> Trouble | None:
-        """Stop, at a step boundary, the crew that an earlier life of this controller left at work."""
+        """Have the crew that an earlier life of this controller left at work end at a step boundary, and hold its state."""
         if not self._pool.workers:
             return None
         trouble = Trouble(
@@ -251,9 +263,15 @@ class Controller:
         self._pool.weed()
         calls = {name: remote.call("leave") for name, remote in self._pool.started().items()}
         deadline = time.monotonic() + STOP_S
+        told: dict[str, tuple[Plan, int]] = {}
         for name, call in calls.items():
             if not call.wait(max(0.0, deadline - time.monotonic())):
                 self._pool.forget(name)
+                continue
+            with contextlib.suppress(CallError):
+                if (held := call.result(0)) is not None:
+                    told[name] = held
+        self._held = held_by_all(told)
         self._adopt()
         self._journal.cleared(seconds=time.monotonic() - began, stuck=())
         return trouble

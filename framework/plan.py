@@ -179,6 +179,14 @@ def make_plan(run: str, wish: Wish, situation: Situation) -> Plan:
     )
 
 
+def held_by_all(told: Mapping[str, tuple[Plan, int]]) -> tuple[Plan, int] | None:
+    """The plan all of whose workers hold the state of one step, and that step; `told` is what each worker holds. None: there is none."""
+    for plan, step in told.values():
+        if all((seat.worker in told) and (told[seat.worker][0].generation, told[seat.worker][1]) == (plan.generation, step) for seat in plan.seats):
+            return plan, step
+    return None
+
+
 def stay(plan: Plan, *, generation: int, step: int, trouble: str) -> Plan:
     """The same once more: all ranks live, and go on from what they have themselves."""
     reason = f"{trouble}; as before: layout {plan.layout} on {len(plan.nodes)} nodes; state of step {step} from the ranks themselves"

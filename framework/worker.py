@@ -86,6 +86,7 @@ class Worker:
         self._generation = 0
         self._over = 0  # this generation and all before it have been ended from outside
         self._stop_asked = self._hold_asked = 0
+        self._plan: Plan | None = None
         self._held: Held | None = None
         self._mesh: Mesh | None = None
         self._recording: Recording | None = None
@@ -163,12 +164,16 @@ class Worker:
             found["device_peak_bytes"] = 0.0 if mesh is None else float(torch.cuda.max_memory_allocated(mesh.device))
         return found
 
-    def leave(self) -> bool:
-        """End whatever generation runs: at a step boundary if the crew still steps, by force if not. Blocks."""
-        self.request_stop(self._generation)
+    def leave(self) -> tuple[Plan, int] | None:
+        """End whatever generation runs: at a step boundary, with the state held here, if the crew still steps; by force if not.
+
+        Blocks. Returns the plan and the step of what is held.
+        """
+        self.request_hold(self._generation)
         if not self._done.wait(30.0):
             self.abort(self._generation)
-        return self._done.wait(15.0)
+        over = self._done.wait(15.0)
+        return (self._plan, self._held.step) if over and self._held is not None and self._plan is not None else None
 
     def close_out(self, snapshot: dict[str, Any], finished: bool) -> dict[str, Any]:
         """What is said of the final state: its digest and, of a finished run, text that the model writes."""
@@ -191,7 +196,7 @@ class Worker:
         or `restore_failed`, with evidence.
         """
         plan: Plan = order["plan"]
-        self._generation, self._phase = plan.generation, "connect"
+        self._plan, self._generation, self._phase = plan, plan.generation, "connect"
         self._said.clear()
         self._number = 0
         self._rows.clear()
@@ -277,6 +282,10 @@ class Worker:
                 patient=self._config.fault_tolerance.max_steps_lost is not None,
             )
             return self._train(engine, mesh, plan, faults, staging, recording, start=recovery["step"], reporter=order["rank"] == 0)
+        except BaseException:
+            mesh.sever()  # who waits for this rank is freed, and what it has under way ends: closing alone cuts no operation short
+            recording.abort()
+            raise
         finally:
             self._phase = "close"
             recording.over()

@@ -180,6 +180,12 @@ DRILLS = (
         BASE,
         strikes=tuple(Strike("step 6", 0.0, "kill_agent", f"n{node}") for node in range(4)),
     ),
+    Drill(
+        "unseen",
+        "a worker is killed, and the controller with it: nobody is there to throw the others out of their collectives",
+        BASE,
+        strikes=(Strike("step 6", 0.0, "kill_controller"), Strike("step 6", 0.0, "kill_worker", "n0.0")),
+    ),
     Drill("stop", "a worker is stopped (SIGSTOP)", BASE, ("{step: 7, kind: stop_worker, rank: 5, phase: forward}",), verdict=("hang", 5)),
     Drill(
         "hang",

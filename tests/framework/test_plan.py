@@ -6,7 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from framework.plan import Place, Refused, Situation, Source, Wish, make_plan, microbatches, stay, worth_growing
+from framework.plan import (
+    Place,
+    Refused,
+    Situation,
+    Source,
+    Wish,
+    held_by_all,
+    make_plan,
+    microbatches,
+    stay,
+    worth_growing,
+)
 from parallel.layout import Layout
 
 WISH = Wish(
@@ -163,3 +174,14 @@ def test_who_stays_has_the_same_seats_and_its_own_state_under_a_new_number() -> 
     assert (after.layout, after.seats, after.domains, after.tolerate) == (before.layout, before.seats, before.domains, before.tolerate)
     assert (after.generation, after.source) == (before.generation + 1, Source("ranks", 44))
     assert after.reason.startswith("crash: the vault process died; as before: layout 2x2x2 on 4 nodes")
+
+
+def test_a_state_is_held_if_every_worker_of_a_plan_holds_the_same_step() -> None:
+    plan = make_plan("r", WISH, situation(places(4)))
+    told = {seat.worker: (plan, 44) for seat in plan.seats}
+    assert held_by_all(told) == (plan, 44)
+    assert held_by_all(told | {"n7.0": (replace(plan, generation=2), 40)}) == (plan, 44)
+    assert held_by_all(told | {"n1.0": (plan, 43)}) is None
+    assert held_by_all(told | {"n1.0": (replace(plan, generation=2), 44)}) is None
+    assert held_by_all({name: held for name, held in told.items() if name != "n3.1"}) is None
+    assert held_by_all({}) is None

@@ -37,15 +37,17 @@ def drilled(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_two_lost_nodes_all_vaults_and_a_controller_lost_in_every_state_cost_no_sample_and_no_loss(tmp_path: Path) -> None:
     """`sooner`: a second node dies before the crew of the first recovery is called. `controller`: killed while it musters,
     watches, clears up after a lost node, and closes out. `vaults`: no snapshot is left, and it was the end of the run although
-    every rank was well. All are judged against their twins, by the command itself. On a busy machine the second node may be
+    every rank was well. `unseen`: a rank that failed closed its groups, which cut nothing short, and others waited half a minute
+    for it. All are judged against their twins, by the command itself. On a busy machine the second node may be
     gone before the first plan; then it has no incident of its own.
     """
     small = ["cluster.workers_per_node=1", "layout.tp=1", "optim.num_steps=40"]  # of one length: they share their twin
-    result = drilled(tmp_path, "sooner", "controller", "vaults", *small)
+    result = drilled(tmp_path, "sooner", "controller", "vaults", "unseen", *small)
     logs = "\n".join(path.read_text(errors="replace") for path in tmp_path.glob("runs/drill-*/*.log"))
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}\n{logs}"
-    sooner, controller, vaults = (
-        json.loads(next(tmp_path.glob(f"runs/drill-*/{name}/summary.json")).read_text()) for name in ("sooner", "controller", "vaults")
+    sooner, controller, vaults, unseen = (
+        json.loads(next(tmp_path.glob(f"runs/drill-*/{name}/summary.json")).read_text())
+        for name in ("sooner", "controller", "vaults", "unseen")
     )
     crews = [e["reason"] for e in run_dir.events(next(tmp_path.glob("runs/drill-*/sooner"))) if e["kind"] == "crew"]
     assert len(list(tmp_path.glob("runs/drill-*/*-twin"))) == 1
@@ -53,6 +55,7 @@ def test_two_lost_nodes_all_vaults_and_a_controller_lost_in_every_state_cost_no_
     found = [i["kind"] for i in controller["incidents"]].count("controller")
     assert found >= 3, "all but the first, which may come before there is anything to find again"
     assert controller["samples"] == 320
+    assert [i["kind"] for i in unseen["incidents"]] == ["controller"] and unseen["incidents"][0]["total_s"] < 20, unseen["incidents"]
     assert vaults["incidents"] and sum(incident["steps_lost"] for incident in vaults["incidents"]) == 0
 
 
