@@ -114,7 +114,8 @@ class TrainSettings:
 class Outcome:
     """How a generation ended for this rank: `finished`, `stopped` or `held` (asked to, at a step boundary), `diverged` or `corrupt`.
 
-    `held`: the state of `step` is in the engine and nowhere else. Of the last two: `clean` is the newest step whose state is believed, `ranks` who is at fault, as far as that is known.
+    `held`: the state of `step` is in the engine and nowhere else. Of the last two: `clean` is the newest step whose state is
+    believed, `ranks` who is at fault, as far as that is known.
     """
 
     kind: str

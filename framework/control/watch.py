@@ -65,9 +65,9 @@ def judge(sight: Sight, plan: Plan, limits: Limits) -> Trouble | None:
         or _lost_processes(sight, plan)
         or _own_errors(sight, plan)
         or _silence(sight, plan, limits)
-        or _lost_vaults(sight, plan)
         or _broken_collective(sight, plan, limits)
         or _stall(sight, plan, limits)
+        or _lost_vaults(sight, plan)  # for which a crew that still steps is asked to end, and no other
         or notice(sight, plan)
     )
 

@@ -124,3 +124,5 @@ def test_who_loses_a_vault_and_no_rank_ends_at_a_step_boundary_and_keeps_its_sta
     assert (trouble.kind, trouble.nodes, trouble.remedy) == ("crash", ("n0", "n1"), HOLD)
     worse = judge(see(vaults_lost=frozenset({"n0"}), ended={1: Ended("died", "killed by signal 9", 1.0)}), PLAN, LIMITS)
     assert worse is not None and (worse.ranks, worse.planned) == ((1,), False)
+    still = judge(see(vaults_lost=frozenset({"n0"}), quiet_s=16.0), PLAN, LIMITS)
+    assert still is not None and (still.kind, still.planned) == ("hang", False), "who does not step never comes to a boundary"
