@@ -181,8 +181,9 @@ def make_plan(run: str, wish: Wish, situation: Situation) -> Plan:
 
 def held_by_all(told: Mapping[str, tuple[Plan, int]]) -> tuple[Plan, int] | None:
     """The plan all of whose workers hold the state of one step, and that step; `told` is what each worker holds. None: there is none."""
+    of = {worker: (plan.generation, step) for worker, (plan, step) in told.items()}
     for plan, step in told.values():
-        if all((seat.worker in told) and (told[seat.worker][0].generation, told[seat.worker][1]) == (plan.generation, step) for seat in plan.seats):
+        if all(of.get(seat.worker) == (plan.generation, step) for seat in plan.seats):
             return plan, step
     return None
 

@@ -29,10 +29,10 @@ from fault_tolerance.snapshots.interval import Interval
 from framework.drills.faults import FaultInjector
 from framework.training.integrity import Integrity
 from framework.training.numeric_guard import NumericGuard
+from framework.training.staging import FAILED_S
 from parallel.atlas import Piece
 from parallel.engine import Engine
 
-FAILED_S = 10.0  # until those whose loss made a snapshot fail are surely missed
 NOTICED = 0.05  # of a step: what it is held up for less than that is in its row, and no event
 
 

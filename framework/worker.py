@@ -86,8 +86,7 @@ class Worker:
         self._generation = 0
         self._over = 0  # this generation and all before it have been ended from outside
         self._stop_asked = self._hold_asked = 0
-        self._plan: Plan | None = None
-        self._held: Held | None = None
+        self._held: tuple[Plan, Held] | None = None
         self._mesh: Mesh | None = None
         self._recording: Recording | None = None
         self._standing = ""
@@ -173,7 +172,8 @@ class Worker:
         if not self._done.wait(30.0):
             self.abort(self._generation)
         over = self._done.wait(15.0)
-        return (self._plan, self._held.step) if over and self._held is not None and self._plan is not None else None
+        held = self._held if over else None
+        return None if held is None else (held[0], held[1].step)
 
     def close_out(self, snapshot: dict[str, Any], finished: bool) -> dict[str, Any]:
         """What is said of the final state: its digest and, of a finished run, text that the model writes."""
@@ -196,7 +196,7 @@ class Worker:
         or `restore_failed`, with evidence.
         """
         plan: Plan = order["plan"]
-        self._plan, self._generation, self._phase = plan, plan.generation, "connect"
+        self._generation, self._phase = plan.generation, "connect"
         self._said.clear()
         self._number = 0
         self._rows.clear()
@@ -300,7 +300,7 @@ class Worker:
     def _restore(self, engine: Engine, mesh: Mesh, plan: Plan, order: dict[str, Any]) -> dict[str, Any]:
         held, self._held = self._held, None  # what is not taken up now is old
         if plan.source.tier == "ranks":
-            return take_up(held, engine, mesh, plan.source.step)
+            return take_up(None if held is None else held[1], engine, mesh, plan.source.step)
         if plan.source.tier == "fresh":
             engine.initialise(InitialWeights(meta(model_builder(self._config)), seed=self._config.seed))
             return {"tier": "fresh", "step": 0}
@@ -350,7 +350,7 @@ class Worker:
             if outcome.kind in ("finished", "stopped"):
                 staging.finish(outcome.step)
             if outcome.kind == "held":
-                self._held = hold(engine, mesh, outcome.step)
+                self._held = plan, hold(engine, mesh, outcome.step)
             return outcome
         finally:
             feed.close()

@@ -126,15 +126,11 @@ class Crew:
 
     def request_stop(self) -> None:
         """Ask the crew to end at the next step boundary, all ranks alike."""
-        for view in self.ranks:
-            if view.ended is None:
-                view.remote.call("request_stop", self.plan.generation)
+        self._ask_all("request_stop")
 
     def request_hold(self) -> None:
         """Ask the crew to end at the next step boundary with its state in its own memory, for a vault of it is lost."""
-        for view in self.ranks:
-            if view.ended is None:
-                view.remote.call("request_hold", self.plan.generation)
+        self._ask_all("request_hold")
 
     def request_snapshot(self) -> None:
         """Have the crew take a snapshot at the next step boundary."""
@@ -180,6 +176,11 @@ class Crew:
         view.remote.kill()
         if view.ended is None:
             view.ended = Ended("died", "killed: it was not out of the collectives by the deadline", time.monotonic())
+
+    def _ask_all(self, method: str) -> None:
+        for view in self.ranks:
+            if view.ended is None:
+                view.remote.call(method, self.plan.generation)
 
     def _hear(self, view: RankView, ping: Call, wait_s: float = 0.0) -> list[dict[str, Any]]:
         try:

@@ -15,7 +15,7 @@ from fault_tolerance.snapshots.snapshot import GATE_S, Snapshotter
 from fault_tolerance.snapshots.snapshot_plan import SnapshotPlan
 from parallel.atlas import Piece
 
-FAILED_S = 10.0  # until those whose vault is lost are surely told so
+FAILED_S = 10.0  # until those whose loss made a snapshot fail are surely missed
 
 
 class NotProtected(RuntimeError):
